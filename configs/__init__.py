@@ -1,0 +1,1 @@
+"""What to run and where: chains of choices from YAML, settings from the environment."""

@@ -1,0 +1,174 @@
+"""The configuration of a chain: which base, which tasks, which choices. Read from YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from storage.errors import InvalidInput
+from tasks.choice import BY_NAME, choices
+from tasks.codecs import AnyCodec, Ternary
+from tasks.data import AnyData
+from tasks.digits_base import DigitsBase
+from tasks.extract import Extract
+from tasks.ingest import Checkpoint
+from tasks.mergers import AnyMerger
+from tasks.suites import AnySuite
+from tasks.suites.heads import AnyHead
+from tasks.tuners import AnyTuner, Full
+
+PRESETS = Path(__file__).parent / "presets"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+
+AnyBase = Annotated[DigitsBase | Checkpoint, BY_NAME]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fine-tuning: what to learn, and how. With `checkpoint` it was trained elsewhere and is only read in."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    suite: AnySuite
+    tuner: AnyTuner | None = None
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class LineConfig:
+    """One merged model: the name of its line and of its registered model, and how updates enter it."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    merger: AnyMerger
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """A whole chain: a base, tasks in the order of merging, and one or more lines that merge the same updates.
+
+    `tuner` is for tasks that name none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    base: AnyBase
+    tasks: tuple[Task, ...]
+    lines: tuple[LineConfig, ...]
+    tuner: AnyTuner = field(default_factory=Full)
+    extract: Extract = field(default_factory=Extract)
+    codec: AnyCodec = field(default_factory=Ternary)
+
+    def __post_init__(self) -> None:
+        for what, names in (("tasks", [t.name for t in self.tasks]), ("lines", [one.name for one in self.lines])):
+            if not names:
+                raise InvalidInput(f"{what} is empty: a chain needs at least one")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InvalidInput(f"{what}: the name {twice[0]!r} is used twice")
+            bad = [name for name in names if not _NAME.fullmatch(name)]
+            if bad:
+                raise InvalidInput(f"{what}: {bad[0]!r} is no name: use lower-case letters, digits, - and _")
+
+    def tuner_of(self, task: Task) -> AnyTuner:
+        return task.tuner or self.tuner
+
+
+_ADAPTER: TypeAdapter[ChainConfig] = TypeAdapter(ChainConfig)
+
+
+def load_chain(source: str | Path) -> ChainConfig:
+    """Read a chain from a YAML file, or from the preset of that name (`demo`)."""
+    path = _find(source)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{path} is not YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}") from error
+    return parse_chain(values, source=str(path))
+
+
+def parse_chain(values: Any, *, source: str = "the chain") -> ChainConfig:
+    """A chain from plain values. Errors name every wrong field and what it could be."""
+    if not isinstance(values, dict):
+        raise InvalidInput(f"{source} must be a mapping with the fields {', '.join(_fields(ChainConfig))}")
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        problems = "\n  ".join(dict.fromkeys(_explain(one) for one in error.errors()))
+        raise InvalidInput(f"{source} is not a valid chain:\n  {problems}") from None
+
+
+def dump_chain(config: ChainConfig) -> dict[str, Any]:
+    """The chain as plain values, every default filled in: what MLflow shows."""
+    found: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return found
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{source}.yaml"
+    if preset.is_file():
+        return preset
+    close = difflib.get_close_matches(str(source), presets(), n=1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    raise InvalidInput(f"there is no file {str(source)!r}", remedy=f"{hint}Presets: {', '.join(presets())}")
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's errors: the field as it stands in the file, what is wrong, what would be right."""
+    where = ".".join(str(part) for part in problem["loc"]) or "chain"
+    found = problem.get("input")
+    match problem["type"]:
+        case "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
+            tag = problem["ctx"]["tag"]
+            return f"{where}: there is no {tag!r}{_close(tag, tags)}; choices: {', '.join(tags)}"
+        case "union_tag_not_found":
+            return f"{where}: has no `name`, which says what it is"
+        case "unexpected_keyword_argument":
+            known = _fields(_owner(problem["loc"]))
+            return f"{where}: there is no such field{_close(str(problem['loc'][-1]), known)}; fields: {', '.join(known)}"
+        case "missing" | "missing_argument":
+            return f"{where}: is missing"
+        case "literal_error":
+            return f"{where}: {found!r} is not one of {problem['ctx']['expected']}"
+        case "value_error":
+            return f"{where}: {problem['ctx']['error']}"
+        case _:
+            return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found!r}"
+
+
+def _close(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _owner(loc: tuple[Any, ...]) -> type:
+    """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
+    families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnySuite, AnyTuner)
+    known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
+    for family in families:
+        known |= choices(family)
+    return next((known[part] for part in reversed(loc[:-1]) if part in known), ChainConfig)
+
+
+def _fields(cls: type) -> list[str]:
+    return [one.name for one in fields(cls)]

@@ -1,0 +1,62 @@
+"""Where things are and what they run on: settings from the environment, with embedded defaults.
+
+Nothing here is part of a result: the same chain with other settings gives the same refs (up to the last bits of
+floating point between devices and thread counts).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from storage.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    home:     folder of the embedded store, databases and logs            DELTAWORKS_HOME        .deltaworks
+    store:    address of the artifact store, file:///... or s3://...      DELTAWORKS_STORE       <home>/store
+    tracking: MLflow tracking address                                     MLFLOW_TRACKING_URI    sqlite in <home>
+    device:   cpu, cuda, cuda:1 ...                                       DELTAWORKS_DEVICE      cuda if there
+    threads:  of torch on the CPU; 1 is fastest for small models, and     DELTAWORKS_THREADS     1
+              results are bit-identical only between equal numbers
+    """
+
+    home: Path
+    store: str
+    tracking: str
+    device: str
+    threads: int
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        home = Path(os.environ.get("DELTAWORKS_HOME", ".deltaworks")).expanduser().absolute()
+        threads = os.environ.get("DELTAWORKS_THREADS", "1")
+        if not threads.isdecimal() or threads == "0":
+            raise InvalidInput(f"DELTAWORKS_THREADS must be a positive whole number, found {threads!r}")
+        return cls(
+            home=home,
+            store=os.environ.get("DELTAWORKS_STORE") or (home / "store").as_uri(),
+            tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            device=_device(os.environ.get("DELTAWORKS_DEVICE")),
+            threads=int(threads),
+        )
+
+
+def _device(wanted: str | None) -> str:
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        raise InvalidInput(f"DELTAWORKS_DEVICE must be cpu, cuda or cuda:<number>, found {wanted!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(
+            f"DELTAWORKS_DEVICE is {wanted!r}, but torch {torch.__version__} sees no GPU",
+            remedy="Install a CUDA build of torch (see the README), or unset DELTAWORKS_DEVICE to run on the CPU",
+        )
+    return wanted

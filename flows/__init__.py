@@ -1,0 +1,1 @@
+"""When things happen: the Prefect flows and the command. The only package that imports prefect."""

@@ -1,0 +1,145 @@
+"""The chain: fine-tune, extract the task vector, compress it, merge it sequentially, evaluate and register."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from configs.chain import ChainConfig, LineConfig, Task
+from flows import steps
+from flows.workplace import here
+from storage.errors import Conflict
+from storage.lines import Entry, Line
+from storage.refs import CheckpointRef, ScoresRef, UpdateRef, short
+from storage.registry import ModelVersion
+from tasks.evaluate import Summary, leading, summarise
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One task's way to the lines: the tuned model, its scores alone, and the update to merge."""
+
+    task: Task
+    tuned: CheckpointRef
+    alone: ScoresRef
+    update: UpdateRef
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merge of a line."""
+
+    entry: Entry
+    model: CheckpointRef
+    scores: ScoresRef
+    summary: Summary
+    version: ModelVersion
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A line after the chain."""
+
+    name: str
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def last(self) -> Step:
+        return self.steps[-1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a chain came to: refs, scores and versions, no tensors."""
+
+    base: CheckpointRef
+    base_scores: ScoresRef
+    prepared: list[Prepared]
+    lines: list[Grown]
+
+    @property
+    def best(self) -> Grown:
+        """The line whose newest version has the best average; of equals, the first."""
+        return max(self.lines, key=lambda line: line.last.summary.average)
+
+
+@flow(
+    name="chain",
+    flow_run_name="{config.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+    validate_parameters=False,  # `load_chain` has done it, with better messages
+)
+def chain(config: ChainConfig) -> Outcome:
+    """Base; for each task fine-tune, extract and compress; then fold one by one, evaluating after every step."""
+    base = _named(steps.base_step(config.base), f"base {config.base.name}")(config.base)
+    base_scores = _named(steps.evaluate, "evaluate base")(base, list(config.tasks))
+    prepared = _prepare(config, base)
+    lines = [_grow(config, line, base, prepared) for line in config.lines]
+    return Outcome(base, base_scores, prepared, lines)
+
+
+def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
+    """Every task's update. Tasks do not depend on each other, so they are all submitted before the first is awaited."""
+    submitted: list[tuple[Task, dict[str, PrefectFuture[Any]]]] = []
+    for task in config.tasks:
+        if task.checkpoint:
+            tuned = _named(steps.ingest, f"ingest {task.name}").submit(task.checkpoint)
+        else:
+            step = _named(steps.fine_tune, f"fine-tune {task.name}")
+            tuned = step.submit(base, task.name, task.suite, config.tuner_of(task))
+        update = _named(steps.extract, f"extract {task.name}").submit(base, tuned, config.extract)
+        small = _named(steps.compress, f"compress {task.name}").submit(update, config.codec)
+        alone = _named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task])
+        submitted.append((task, {"tuned": tuned, "alone": alone, "update": small}))
+    return [Prepared(task, **{name: one.result() for name, one in futures.items()}) for task, futures in submitted]
+
+
+def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: list[Prepared]) -> Grown:
+    """Fold the updates into a line in order, going on where an earlier run stopped."""
+    journal = Line(here().store.objects, line.name)
+    opened = journal.open(base, line.merger.spec())
+    entries = journal.history()
+    grown = Grown(line.name)
+    alone = {one.task.name: leading(here().store.open(one.alone))[one.task.name] for one in prepared}
+    matrix: list[dict[str, float]] = []
+    for number, one in enumerate(prepared):
+        name = one.task.name
+        if number < len(entries):
+            _check_history(line.name, entries[number], one, number)
+        before = entries[number - 1] if number else None
+        state = _named(steps.fold, f"{line.name}: merge {name}")(
+            base, before.state if before else None, one.update, line.merger
+        )
+        if number == len(entries):
+            newest = journal.head() if entries else opened
+            commit = _named(steps.commit, f"{line.name}: commit {name}")
+            entries.append(commit(line.name, newest, name, one.update, state))
+        model = _named(steps.materialize, f"{line.name}: write {name}")(base, state)
+        seen = [task.task for task in prepared[: number + 1]]
+        scores = _named(steps.evaluate, f"{line.name}: evaluate {name}")(model, seen)
+        matrix.append(leading(here().store.open(scores)))
+        summary = summarise(matrix, alone)
+        version = _named(steps.register, f"{line.name}: register {name}")(
+            config.name, line.name, entries[: number + 1], model, scores, summary
+        )
+        grown.steps.append(Step(entries[number], model, scores, summary, version))
+    return grown
+
+
+def _check_history(line: str, entry: Entry, one: Prepared, number: int) -> None:
+    """A line is a history: a chain may go on with it, but not tell another one."""
+    if entry.update != one.update:
+        held = f"{entry.task!r} ({short(entry.update or '')})"
+        raise Conflict(
+            f"line {line!r} already holds {held} as its step {number + 1}, this chain would merge "
+            f"{one.task.name!r} ({short(one.update)})",
+            remedy="Give the line a new name in the config, or go on with the chain that it was grown by",
+        )
+
+
+def _named(step: Any, name: str) -> Any:
+    return step.with_options(task_run_name=name)

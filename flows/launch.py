@@ -1,0 +1,73 @@
+"""Launch: run a chain under somebody's eyes: check the store first, show progress, then tables, picture and next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress
+
+from configs.chain import ChainConfig, dump_chain
+from flows import progress
+from flows.board import Board
+from flows.chain import Outcome, chain
+from flows.picture import draw
+from flows.report import accuracy_table, comparison_table, size_lines
+from flows.workplace import Workplace
+from storage.manifest import canonical, digest
+from storage.registry import Stage
+
+
+def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool) -> Outcome:
+    """Run `config` and report on `console`."""
+    place.store.objects.size("blob/0")  # an unreachable or forbidden store is said now, not after the first training
+    if not quiet:
+        lines = ", ".join(line.name for line in config.lines)
+        console.print(f"[bold]{config.name}[/]: {len(config.tasks)} tasks into {lines}")
+        console.print(f"store {place.store.url}, device {place.settings.device}")
+    with Board(console, quiet) as board:
+        progress.watch(board)
+        outcome = chain(config)
+    picture = place.settings.home / "pictures" / f"{config.name}.png"
+    if board.done or not picture.exists():
+        draw(outcome, picture)
+    _log(config, place, outcome, picture)
+    if not quiet:
+        _print(outcome, console)
+    if board.done == 0:
+        console.print(f"nothing to do: all {board.reused_steps} steps were done before")
+    elif not quiet:
+        console.print(f"{board.done} steps done, {board.reused_steps} found done")
+    best = outcome.best.last
+    console.print(f"best: {best.version.name} version {best.version.version}, {best.model}", soft_wrap=True)
+    if not quiet:
+        console.print(f"picture: {picture}", soft_wrap=True)
+        console.print(f"next: deltaworks export {best.version.name} ./model    or    deltaworks ui")
+    return outcome
+
+
+def _log(config: ChainConfig, place: Workplace, outcome: Outcome, picture: object) -> None:
+    averages = {f"{line.name}/average": line.last.summary.average for line in outcome.lines}
+    best = outcome.best.last
+    tags = {"run": f"{config.name}: summary", "best": f"{best.version.name} v{best.version.version}"}
+    models = [line.last.model for line in outcome.lines]
+    key = digest(canonical([place.store.url, dump_chain(config), models]))
+    summary = Stage("summary", best.model, dump_chain(config), averages, tags=tags)
+    place.registry.log_chain(config.name, key, summary, [picture])  # type: ignore[list-item]
+
+
+def _print(outcome: Outcome, console: Console) -> None:
+    console.print()
+    console.print(accuracy_table(outcome, outcome.best))
+    console.print(comparison_table(outcome))
+    for text in size_lines(outcome):
+        console.print(text)
+
+
+@contextmanager
+def bar(console: Console, label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work outside flows, on terminals only."""
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as shown:
+        row = shown.add_task(label, total=None)
+        yield lambda done, total: shown.update(row, completed=done, total=total)

@@ -1,0 +1,120 @@
+"""Policy: how a step runs under Prefect. Done once per content, retried only when that can help.
+
+What a step gave is remembered in the artifact store, beside the artifacts, and not in Prefect's result storage: the
+memory is then shared by all workers, cannot outlive the bucket it points into, and is trusted only while the artifact
+is still there. Prefect shows a remembered step in the state `Cached`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+from prefect.states import Completed, State
+
+from flows import progress
+from flows.workplace import here
+from storage.errors import Unavailable
+from storage.manifest import canonical, digest
+from storage.refs import Ref
+from tasks.choice import Choice, plain
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Ref)
+
+RETRY_DELAYS = [1, 5, 20, 60]  # seconds; together longer than a service needs to restart
+
+
+def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A step that is done once per content: the second time the remembered ref is returned.
+
+    The content key holds the step's name and `version`, its refs and specs, and the fingerprints of its data; not the
+    device and not the addresses. Raise `version` when the numbers of a step change for another reason than a choice's.
+    """
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        @wraps(function)
+        def step(*args: P.args, **kwargs: P.kwargs) -> Any:
+            store = here().store
+            key = content_key(function.__name__, version, [*args, *kwargs.values()])
+            found = store.recall(key)
+            if found is not None:
+                return cached(found)
+            progress.started(label())
+            ref = function(*args, **kwargs)
+            store.remember(key, ref, {"step": function.__name__, "version": version})
+            progress.finished(label())
+            return ref
+
+        return _as_task(step)
+
+    return decorate
+
+
+def always(function: Callable[P, Any]) -> Task[P, Any]:
+    """A step that looks itself whether there is anything to do, and says so with `cached`."""
+
+    @wraps(function)
+    def step(*args: P.args, **kwargs: P.kwargs) -> Any:
+        progress.started(label())
+        found = function(*args, **kwargs)
+        if not isinstance(found, State):
+            progress.finished(label())
+        return found
+
+    return _as_task(step)
+
+
+def cached(value: Any) -> State[Any]:
+    """What a step returns when it had nothing to do."""
+    progress.reused(label())
+    return Completed(name="Cached", message="Nothing to do: the result is in the store", data=value)
+
+
+def content_key(name: str, version: int, inputs: list[Any]) -> str:
+    """sha256 over everything that decides what a step gives."""
+    return digest(canonical({"step": name, "version": version, "inputs": [_content(one) for one in inputs]}))
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_content(one) for one in value]
+    if hasattr(value, "suite"):  # a task: its name and what it asks, but not how models are tuned for it
+        return [value.name, _content(value.suite)]
+    if isinstance(value, Choice):
+        fingerprint = getattr(value, "fingerprint", None)
+        return [value.spec(), fingerprint() if fingerprint else None]
+    return plain(value)
+
+
+def label() -> str:
+    """The name of the running step, as people see it."""
+    return str(task_run.name or "step")
+
+
+def _as_task(function: Callable[P, Any]) -> Task[P, Any]:
+    return task(
+        function,
+        name=function.__name__.replace("_", "-"),
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=len(RETRY_DELAYS),
+        retry_delay_seconds=RETRY_DELAYS,
+        retry_condition_fn=_worth_retrying,
+    )
+
+
+def _worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Only what did not answer: damaged, missing or mismatched data would fail the same way again."""
+    try:
+        state.result()
+    except Unavailable as error:
+        progress.waiting(label(), str(error))
+        return True
+    except BaseException:
+        return False
+    return False

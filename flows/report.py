@@ -1,0 +1,118 @@
+"""Reports: what a run came to, as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from flows.chain import Grown, Outcome
+from flows.workplace import here
+from storage.artifacts import Artifact
+from storage.lines import Entry
+from storage.manifest import TensorRecord
+from storage.refs import short
+from tasks.evaluate import leading
+
+
+def accuracy_table(outcome: Outcome, line: Grown) -> Table:
+    """Task by step: alone, and merged after each step; then what the line's summary says."""
+    store = here().store
+    table = Table(title=f"{line.name}: accuracy in % after each merge", title_justify="left", caption_justify="left")
+    table.add_column("task")
+    table.add_column("base", justify="right")
+    table.add_column("alone", justify="right")
+    for step in line.steps:
+        table.add_column(f"+{step.entry.task}", justify="right")
+    base = leading(store.open(outcome.base_scores))
+    matrix = [leading(store.open(step.scores)) for step in line.steps]
+    alone = {one.task.name: leading(store.open(one.alone))[one.task.name] for one in outcome.prepared}
+    for name in alone:
+        merged = [_percent(row[name]) if name in row else "" for row in matrix]
+        table.add_row(name, _percent(base[name]), _percent(alone[name]), *merged)
+    table.add_section()
+    means = [_percent(step.summary.average) for step in line.steps]
+    table.add_row("average", _percent(_mean(base)), _percent(_mean(alone)), *means, style="bold")
+    forgot = [_percent(step.summary.forgetting) for step in line.steps]
+    table.add_row("forgetting", "", "", *forgot)
+    return table
+
+
+def comparison_table(outcome: Outcome) -> Table:
+    """One row per line, the best first."""
+    table = Table(title="the merged models", title_justify="left")
+    for column in ("line", "merger", "average", "worst task", "of alone", "forgetting", "version"):
+        table.add_column(column, justify="left" if column in ("line", "merger") else "right")
+    for line in sorted(outcome.lines, key=lambda one: -one.last.summary.average):
+        summary, last = line.last.summary, line.last
+        table.add_row(
+            line.name,
+            str(last.entry.merger["name"]),
+            _percent(summary.average),
+            _percent(summary.worst),
+            _percent(summary.normalised),
+            _percent(summary.forgetting),
+            str(last.version.version),
+            style="bold" if line is outcome.best else "",
+        )
+    return table
+
+
+def size_lines(outcome: Outcome) -> Iterator[str]:
+    """What the updates cost before and after compression, in real files."""
+    store = here().store
+    after = [store.open(one.update).manifest for one in outcome.prepared]
+    before = [store.open(str(manifest.lineage.inputs["update"])).manifest for manifest in after]
+    bf16 = sum(int(manifest.facts["bf16_bytes"]) for manifest in after)
+    dense, small = (sum(manifest.tensor_bytes for manifest in manifests) for manifests in (before, after))
+    yield (
+        f"{len(after)} updates: {dense / 1e6:.2f} MB as extracted, {small / 1e6:.2f} MB compressed, "
+        f"{bf16 / small:.1f} times smaller than the model in bfloat16 ({bf16 / 1e6:.2f} MB)"
+    )
+
+
+def journal_table(name: str, entries: list[Entry]) -> Table:
+    """The journal of a line, oldest first."""
+    table = Table(title=f"line {name}", title_justify="left")
+    for column in ("entry", "action", "step", "task", "update", "state", "at", "why"):
+        table.add_column(column)
+    for entry in entries:
+        refs = [short(ref) if ref else "" for ref in (entry.update, entry.state)]
+        table.add_row(str(entry.number), entry.action, str(entry.step), entry.task, *refs, entry.at, entry.why)
+    return table
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def show_artifact(artifact: Artifact) -> Iterator[str | Table]:
+    """Everything a manifest says: lineage, settings, facts, tensors by role, files."""
+    manifest = artifact.manifest
+    yield f"{artifact.ref}\nat {artifact.store.address(artifact.ref)}"
+    origin = Table(title=f"made by {manifest.lineage.step}", title_justify="left", show_header=False)
+    for role, ref in manifest.lineage.inputs.items():
+        origin.add_row(f"input {role}", ref)
+    for name, value in manifest.lineage.spec.items():
+        origin.add_row(f"setting {name}", str(value))
+    for name, value in manifest.facts.items():
+        origin.add_row(f"fact {name}", f"{value:,}" if isinstance(value, int) else str(value))
+    yield origin
+    tensors = Table(title="tensors", title_justify="left")
+    for column in ("role", "codec", "tensors", "numbers", "bytes"):
+        tensors.add_column(column, justify="left" if column in ("role", "codec") else "right")
+    groups: dict[tuple[str, str], list[TensorRecord]] = {}
+    for record in manifest.tensors:
+        codec = record.codec if record.rank is None else f"{record.codec}, rank {record.rank}"
+        groups.setdefault((record.role, codec), []).append(record)
+    for (role, codec), records in sorted(groups.items()):
+        numbers = sum(record.elements for record in records)
+        size = sum(record.bytes for record in records)
+        tensors.add_row(role, codec, str(len(records)), f"{numbers:,}", f"{size:,}")
+    yield tensors
+    for name, asset in sorted(manifest.assets.items()):
+        yield f"file {name}: {asset.bytes:,} bytes"

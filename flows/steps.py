@@ -1,0 +1,105 @@
+"""The Prefect face of each task: refs and specs in, refs out. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tasks.compress
+import tasks.digits_base
+import tasks.evaluate
+import tasks.extract
+import tasks.fine_tune
+import tasks.ingest
+import tasks.merge
+import tasks.register
+from configs.chain import AnyBase, Task
+from flows import progress
+from flows.policy import always, cached, label, once
+from flows.workplace import here
+from storage.errors import InvalidInput
+from storage.lines import Entry, Line
+from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
+from tasks.codecs import AnyCodec
+from tasks.digits_base import DigitsBase
+from tasks.evaluate import Summary
+from tasks.extract import Extract
+from tasks.ingest import Checkpoint
+from tasks.mergers import AnyMerger
+from tasks.suites import AnySuite
+from tasks.tuners import AnyTuner
+
+
+def _report() -> Callable[[int, int, str], None]:
+    name = label()
+    return lambda done, total, note: progress.advanced(name, done, total, note)
+
+
+@once(version=1)
+def ingest(spec: Checkpoint) -> CheckpointRef:
+    return tasks.ingest.ingest(spec, here().store)
+
+
+@once(version=1)
+def train_base(spec: DigitsBase) -> CheckpointRef:
+    return tasks.digits_base.train_digits_base(spec, here().store, here().settings.device, _report())
+
+
+@once(version=1)
+def fine_tune(base: CheckpointRef, task: str, suite: AnySuite, tuner: AnyTuner) -> CheckpointRef:
+    place = here()
+    return tasks.fine_tune.fine_tune(base, task, suite, tuner, place.store, place.settings.device, _report())
+
+
+@once(version=1)
+def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract) -> UpdateRef:
+    return tasks.extract.extract_update(base, tuned, spec, here().store)
+
+
+@once(version=1)
+def compress(update: UpdateRef, codec: AnyCodec) -> UpdateRef:
+    return tasks.compress.compress_update(update, codec, here().store, here().settings.device)
+
+
+@once(version=1)
+def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, merger: AnyMerger) -> StateRef:
+    return tasks.merge.fold_update(base, state, update, merger, here().store, here().settings.device)
+
+
+@once(version=1)
+def materialize(base: CheckpointRef, state: StateRef) -> CheckpointRef:
+    return tasks.merge.materialize(base, state, here().store, here().settings.device)
+
+
+@once(version=1)
+def evaluate(model: CheckpointRef, seen: list[Task]) -> ScoresRef:
+    return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report())
+
+
+@always
+def commit(line: str, after: Entry, task: str, update: UpdateRef, state: StateRef) -> Entry:
+    return Line(here().store.objects, line).fold(after, task, update, state)
+
+
+@always
+def register(
+    experiment: str, line: str, entries: list[Entry], model: CheckpointRef, scores: ScoresRef, summary: Summary
+) -> Any:
+    place = here()
+    version = tasks.register.register(
+        experiment, line, entries, model, scores, summary, place.store, place.registry
+    )
+    return version if version.fresh else cached(version)
+
+
+def base_step(spec: AnyBase) -> Any:
+    """The step that provides a base of this kind."""
+    return train_base if isinstance(spec, DigitsBase) else ingest
+
+
+def head_model(line: str) -> CheckpointRef:
+    """The newest merged model of a line. Written again if it is no longer there: same inputs, same ref."""
+    head = Line(here().store.objects, line).head()
+    if head.state is None:
+        raise InvalidInput(f"line {line!r} has no merges yet", remedy="Run the chain that grows it")
+    return tasks.merge.materialize(head.base, head.state, here().store, here().settings.device)

@@ -1,0 +1,1 @@
+"""What outlives a process: artifacts, lines, scores and the model registry."""

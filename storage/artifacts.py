@@ -1,0 +1,234 @@
+"""Artifacts: manifests and blobs in an object store, written once, checked on every read.
+
+    store = ArtifactStore(open_objects("file:///data/store"))
+    draft = store.draft("update", Lineage("extract", {"base": base}))
+    draft.add("layers.0.fc1.weight", {"tensor": delta}, role="linear.weight", dtype="F32", shape=delta.shape)
+    ref = draft.commit()                       # nothing was visible before this line
+    store.open(ref).parts("layers.0.fc1.weight")
+
+Blobs of equal content are one object. The manifest is written last, so its existence means that the artifact is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from storage.errors import Damaged, InvalidInput, Missing
+from storage.manifest import (
+    Asset,
+    Lineage,
+    Manifest,
+    TensorRecord,
+    canonical,
+    decode_manifest,
+    digest,
+    encode_manifest,
+)
+from storage.objects import ObjectStore
+from storage.refs import KINDS, Kind, Ref, parse_ref, short
+
+Parts = dict[str, Tensor]
+
+_RESTORE = "Restore it from a copy of the store, or run the flow again to recompute it"
+
+
+class Artifact:
+    """A lazy reader: the manifest is in memory, tensors are fetched one by one."""
+
+    def __init__(self, store: ArtifactStore, ref: Ref, manifest: Manifest) -> None:
+        self.store = store
+        self.ref = ref
+        self.manifest = manifest
+        self._records = {record.name: record for record in manifest.tensors}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._records)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def record(self, name: str) -> TensorRecord:
+        try:
+            return self._records[name]
+        except KeyError:
+            raise Missing(f"{short(self.ref)} has no tensor {name!r}") from None
+
+    def parts(self, name: str) -> Parts:
+        """The stored parts of tensor `name`, still encoded."""
+        record = self.record(name)
+        return self.store.read_parts(record.blob, what=f"tensor {name!r} of {short(self.ref)}")
+
+    def onto(self, name: str) -> Parts | None:
+        """The parts of the dense tensor that `name` is stated against, if it is."""
+        blob = self.record(name).onto
+        return self.store.read_parts(blob, what=f"base of tensor {name!r} of {short(self.ref)}") if blob else None
+
+    def asset(self, name: str) -> bytes:
+        try:
+            blob = self.manifest.assets[name].blob
+        except KeyError:
+            raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
+        return self.store.read_blob(blob, what=f"asset {name!r} of {short(self.ref)}")
+
+
+class Draft:
+    """A writer. Its blobs are invisible until `commit` writes the manifest that names them."""
+
+    def __init__(self, store: ArtifactStore, kind: Kind, lineage: Lineage) -> None:
+        self._store = store
+        self._kind = kind
+        self._lineage = lineage
+        self._records: dict[str, TensorRecord] = {}
+        self._assets: dict[str, Asset] = {}
+        self.facts: dict[str, Any] = {}
+
+    def add(
+        self,
+        name: str,
+        parts: Mapping[str, Tensor],
+        *,
+        role: str,
+        dtype: str,
+        shape: Sequence[int],
+        codec: str = "dense@1",
+        rank: int | None = None,
+        onto: str | None = None,
+    ) -> TensorRecord:
+        """Store one tensor's parts and list them under `name`."""
+        data = encode_parts(parts)
+        blob = self._store.write_blob(data)
+        record = TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto)
+        self.share(record)
+        return record
+
+    def share(self, record: TensorRecord) -> None:
+        """List a tensor whose blobs another artifact already stored."""
+        if record.name in self._records:
+            raise InvalidInput(f"tensor {record.name!r} was added twice to one {self._kind}")
+        self._records[record.name] = record
+
+    @property
+    def records(self) -> list[TensorRecord]:
+        return list(self._records.values())
+
+    def add_asset(self, name: str, data: bytes) -> None:
+        self._assets[name] = Asset(self._store.write_blob(data), len(data))
+
+    def share_assets(self, assets: Mapping[str, Asset]) -> None:
+        self._assets.update(assets)
+
+    def commit(self) -> Ref:
+        """Write the manifest and return the artifact's ref."""
+        records = tuple(self._records[name] for name in sorted(self._records))
+        manifest = Manifest(self._kind, self._lineage, records, self.facts, self._assets)
+        data = encode_manifest(manifest)
+        ref = Ref(f"{self._kind}/{digest(data)}")
+        self._store.objects.put(ref, data)
+        return ref
+
+
+class ArtifactStore:
+    """Artifacts on top of an object store."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self.objects = objects
+
+    @property
+    def url(self) -> str:
+        return self.objects.url
+
+    def address(self, ref: Ref) -> str:
+        """The full address of an artifact: `s3://bucket/prefix/checkpoint/<sha256>`."""
+        return f"{self.url.rstrip('/')}/{ref}"
+
+    def draft(self, kind: Kind, lineage: Lineage) -> Draft:
+        return Draft(self, kind, lineage)
+
+    def open(self, ref: str, kind: Kind | None = None) -> Artifact:
+        """The artifact named `ref`; its manifest is checked against the name."""
+        name = parse_ref(ref, kind)
+        data = self.objects.get(name)
+        _check(data, name.partition("/")[2], short(name))
+        return Artifact(self, name, decode_manifest(data, source=short(name)))
+
+    def has(self, ref: str) -> bool:
+        return self.objects.size(parse_ref(ref)) is not None
+
+    def refs(self, kind: Kind | None = None) -> Iterator[Ref]:
+        for one in [kind] if kind else KINDS:
+            for key in self.objects.list(f"{one}/"):
+                yield parse_ref(key)
+
+    def resolve(self, text: str) -> Ref:
+        """A ref from a full ref or an unambiguous beginning of one (`update/1b2c`), as people type it."""
+        kind, _, start = text.partition("/")
+        if kind not in KINDS or not start:
+            return parse_ref(text)
+        found = list(self.objects.list(text))
+        if len(found) == 1:
+            return parse_ref(found[0])
+        if found:
+            raise InvalidInput(f"{text} could be {len(found)} artifacts", remedy="Give more digits of the ref")
+        raise Missing(f"no {kind} in {self.url} begins with {start!r}")
+
+    def write_blob(self, data: bytes) -> str:
+        """Store `data` under its sha256, unless it is there already, and return the sha256."""
+        name = digest(data)
+        if self.objects.size(f"blob/{name}") != len(data):
+            self.objects.put(f"blob/{name}", data)
+        return name
+
+    def read_blob(self, name: str, *, what: str) -> bytes:
+        try:
+            data = self.objects.get(f"blob/{name}")
+        except Missing as error:
+            raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
+        _check(data, name, f"blob/{name} ({what})")
+        return data
+
+    def read_parts(self, name: str, *, what: str) -> Parts:
+        try:
+            return safetensors.torch.load(self.read_blob(name, what=what))
+        except SafetensorError as error:
+            raise Damaged(f"blob/{name} ({what}) is not a safetensors file: {error}") from error
+
+    def remember(self, key: str, ref: Ref, about: Mapping[str, Any]) -> None:
+        """Note that the step with content key `key` gave `ref`. See `recall`."""
+        self.objects.put(f"memo/{key}", canonical({"ref": ref, **about}))
+
+    def recall(self, key: str) -> Ref | None:
+        """The ref that the step with content key `key` gave before, if the artifact is still there."""
+        try:
+            found = _decode_memo(self.objects.get(f"memo/{key}"))
+        except Missing:
+            return None
+        return found if found is not None and self.has(found) else None
+
+
+def encode_parts(parts: Mapping[str, Tensor]) -> bytes:
+    """The blob of one tensor's parts: a safetensors file without metadata, whose bytes depend on the parts alone."""
+    return safetensors.torch.save({key: part.detach().cpu().contiguous() for key, part in parts.items()})
+
+
+def _decode_memo(data: bytes) -> Ref | None:
+    """The ref in a memo; None if the memo is unreadable, because a lost memo only costs a recomputation."""
+    try:
+        return parse_ref(json.loads(data)["ref"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check(data: bytes, expected: str, what: str) -> None:
+    found = digest(data)
+    if found != expected:
+        raise Damaged(
+            f"{what} is damaged: its {len(data):,} bytes have sha256 {found[:12]}…, its name says {expected[:12]}…",
+            remedy=_RESTORE,
+        )

@@ -1,0 +1,189 @@
+"""Object stores: bytes under keys, in memory or in a directory. The S3 backend is in s3.py.
+
+All three promise the same: `put` is atomic (a reader sees all of the bytes or none), `create` succeeds for exactly one
+of several writers, and keys are relative paths of letters, digits and `-_./`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlparse
+from uuid import uuid4
+
+from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
+
+
+class ObjectStore(Protocol):
+    """What every backend offers. Errors are Missing, Unavailable, StoreFull or InvalidInput, never a foreign one."""
+
+    @property
+    def url(self) -> str:
+        """The address that `open_objects` turns into this store again."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """All bytes of `key`. Missing if there is none."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write `data`, replacing what was there. Returns when it is durable."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write `data` if `key` is free; False if it was taken. Of several writers exactly one gets True."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes of `key`, None if there is none."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Keys that start with `prefix`, sorted."""
+        ...
+
+
+def check_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise InvalidInput(f"{key!r} is not an object key")
+    return key
+
+
+class MemoryObjects:
+    """Objects in a dictionary: for tests and for merges that need no persistence."""
+
+    url = "memory:"
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._objects[check_key(key)]
+        except KeyError:
+            raise Missing(f"{key} is not in the memory store") from None
+
+    def put(self, key: str, data: bytes) -> None:
+        self._objects[check_key(key)] = bytes(data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        with self._lock:
+            if check_key(key) in self._objects:
+                return False
+            self._objects[key] = bytes(data)
+            return True
+
+    def size(self, key: str) -> int | None:
+        found = self._objects.get(check_key(key))
+        return None if found is None else len(found)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        return iter(sorted(key for key in self._objects if key.startswith(prefix)))
+
+
+class DirectoryObjects:
+    """Objects as files below one folder. Written beside their place, synced, then moved there in one step."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+
+    @property
+    def url(self) -> str:
+        return self.root.as_uri()
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise Missing(f"{key} is not in {self.root}") from None
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
+
+    def put(self, key: str, data: bytes) -> None:
+        self._write(key, data, os.replace)
+
+    def create(self, key: str, data: bytes) -> bool:
+        def link(written: Path, place: Path) -> None:
+            os.link(written, place)  # unlike a rename, fails if the name is taken: the file system picks the winner
+            written.unlink()
+
+        try:
+            self._write(key, data, link)
+        except FileExistsError:
+            return False
+        return True
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        start = self.root / prefix.rpartition("/")[0]
+        found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
+        keys = (path.relative_to(self.root).as_posix() for path in found)
+        return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _write(self, key: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
+        place = self._path(key)
+        written = place.with_name(f".{uuid4().hex}.part")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(written, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            move(written, place)
+            _sync_folder(place.parent)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StoreFull(
+                    f"no room for {key} ({len(data):,} bytes) in {self.root}: {error.strerror}",
+                    remedy="Free some space and run the same command again; nothing half-written was left",
+                ) from error
+            raise Unavailable(f"cannot write {place}: {error}") from error
+        finally:
+            written.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_objects(url: str) -> ObjectStore:
+    """The object store at `url`: `file:///path`, a plain path, `s3://bucket/prefix` or `memory:`."""
+    parsed = urlparse(url)
+    match parsed.scheme:
+        case "s3":
+            from storage.s3 import S3Objects  # boto3 takes half a second to import: only for those who need it
+
+            return S3Objects(parsed.netloc, parsed.path.strip("/"))
+        case "file":
+            return DirectoryObjects(Path(unquote(parsed.path)))
+        case "memory":
+            return MemoryObjects()
+        case "" if url:
+            return DirectoryObjects(Path(url))
+        case _:
+            raise InvalidInput(
+                f"store address {url!r} is not understood",
+                remedy="Use file:///path, s3://bucket/prefix (endpoint in AWS_ENDPOINT_URL) or memory:",
+            )

@@ -1,0 +1,218 @@
+"""The registry: runs, scores and model versions in MLflow. The only file that imports mlflow.
+
+MLflow holds numbers, names and addresses; weights stay in the artifact store. Everything is written under a content
+key and looked up before it is created, so registering twice, or again after a crash, changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from requests.exceptions import RequestException
+
+from storage.errors import DeltaworksError, InvalidInput, Unavailable
+
+HEAD = "head"  # alias of the newest version of a line
+_KEY = "deltaworks.key"
+_PARENT = "mlflow.parentRunId"
+_PARAM_LIMIT = 6000
+_TAG_LIMIT = 5000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a step, which becomes one MLflow run: its settings, its numbers, the ref that it made.
+
+    `series` are metrics over steps, such as a loss curve: name -> (step, value).
+    """
+
+    name: str
+    ref: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model, and whether this call created it."""
+
+    name: str
+    version: int
+    run_id: str
+    fresh: bool
+
+
+class Registry:
+    """MLflow at `tracking`: `sqlite:///...` opened directly, or the http address of a server."""
+
+    def __init__(self, tracking: str, artifacts: Path) -> None:
+        self.tracking = tracking
+        self._artifacts = artifacts
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        with _mapped(tracking), self._first_start():
+            mlflow.set_tracking_uri(tracking)
+            self._client = MlflowClient(tracking, registry_uri=tracking)
+            self._client.search_experiments(max_results=1)
+
+    def register(self, experiment: str, key: str, step: Stage, stages: Sequence[Stage], source: str) -> ModelVersion:
+        """Record one step of a line: a parent run, a child run per stage, and a version of model `step.name`.
+
+        `source` is the address of the weights in the store. If a version with this `key` exists, nothing is written.
+        """
+        with _mapped(self.tracking):
+            found = self._find_version(step.name, key)
+            if found is None:
+                parent = self._run(experiment, f"{key}/step", step)
+                for stage in stages:
+                    self._run(experiment, f"{key}/{stage.name}", stage, parent=parent)
+                tags = {**step.tags, _KEY: key, "model": step.ref}
+                self._ensure_model(step.name)
+                made = self._client.create_model_version(step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT))
+                found, fresh = made, True
+            else:
+                fresh = False
+            version = ModelVersion(step.name, int(found.version), str(found.run_id), fresh)
+            self._move_head(version)
+            return version
+
+    def newest(self, name: str) -> int | None:
+        """The newest version of a registered model."""
+        with _mapped(self.tracking):
+            versions = self._versions(name)
+            return max((int(one.version) for one in versions), default=None)
+
+    def find(self, name: str, key: str) -> int | None:
+        with _mapped(self.tracking):
+            found = self._find_version(name, key)
+            return None if found is None else int(found.version)
+
+    def log_chain(self, experiment: str, key: str, summary: Stage, files: Sequence[Path]) -> str:
+        """Record a finished chain as one run with its pictures. Returns the run id."""
+        with _mapped(self.tracking):
+            run = self._run(experiment, key, summary)
+            for path in files:
+                self._client.log_artifact(run, str(path))
+            return run
+
+    def _run(self, experiment: str, key: str, stage: Stage, parent: str | None = None) -> str:
+        """The run with this key, created or completed. Metrics carry time 0, so writing them again adds no points."""
+        where = self._experiment(experiment)
+        runs = self._client.search_runs([where], f"tags.`{_KEY}` = '{key}'", max_results=1)
+        if runs:
+            run = runs[0].info
+            if run.status == "FINISHED":
+                return str(run.run_id)
+        else:
+            tags = {_KEY: key, "ref": stage.ref, **stage.tags, **({_PARENT: parent} if parent else {})}
+            name = stage.tags.get("run", stage.name)
+            run = self._client.create_run(where, run_name=name, tags=_fit(tags, _TAG_LIMIT)).info
+        metrics = [Metric(_metric_name(name), value, 0, 0) for name, value in stage.metrics.items()]
+        for name, points in stage.series.items():
+            metrics += [Metric(_metric_name(name), value, 0, step) for step, value in points]
+        params = [Param(name, value) for name, value in _fit(_flatten(stage.params), _PARAM_LIMIT).items()]
+        self._client.log_batch(run.run_id, metrics=metrics, params=params, tags=[RunTag("stage", stage.name)])
+        self._client.set_terminated(run.run_id, "FINISHED")
+        return str(run.run_id)
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        # a server knows where its artifacts belong; a database opened directly would put them in the current folder
+        local = None if self.tracking.startswith("http") else (self._artifacts / name).as_uri()
+        try:
+            return str(self._client.create_experiment(name, artifact_location=local))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # somebody else created it a moment ago
+                return self._experiment(name)
+            raise
+
+    def _ensure_model(self, name: str) -> None:
+        try:
+            self._client.create_registered_model(name, description="One line of Deltaworks: every version is a merge")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _versions(self, name: str) -> list[Any]:
+        return list(self._client.search_model_versions(f"name = '{name}'", max_results=10_000))
+
+    def _find_version(self, name: str, key: str) -> Any:
+        return next((one for one in self._versions(name) if one.tags.get(_KEY) == key), None)
+
+    def _move_head(self, version: ModelVersion) -> None:
+        newest = max(int(one.version) for one in self._versions(version.name))
+        current = self._client.get_registered_model(version.name).aliases.get(HEAD)
+        if current is None or int(current) != newest:
+            self._client.set_registered_model_alias(version.name, HEAD, str(newest))
+
+    @contextmanager
+    def _first_start(self) -> Iterator[None]:
+        """One process at a time creates the tables of a new SQLite file; two at once would both fail."""
+        if not self.tracking.startswith("sqlite:///"):
+            yield
+            return
+        path = Path(self.tracking.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+@contextmanager
+def _mapped(tracking: str) -> Iterator[None]:
+    """Foreign errors as ours: a registry that does not answer is worth a retry, anything else is not."""
+    try:
+        yield
+    except DeltaworksError:
+        raise
+    except MlflowException as error:
+        passing = error.error_code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
+        kind = Unavailable if passing else InvalidInput
+        raise kind(f"MLflow at {_public(tracking)} refused: {error.message}") from error
+    except (RequestException, OSError) as error:
+        raise Unavailable(
+            f"MLflow at {_public(tracking)} does not answer: {type(error).__name__}",
+            remedy="Check MLFLOW_TRACKING_URI and that the server runs",
+        ) from error
+
+
+def _public(address: str) -> str:
+    """An address without the user and password it may hold."""
+    return re.sub(r"//[^/@]*@", "//", address)
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted names, the way MLflow shows parameters."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
+
+
+def _fit(values: Mapping[str, Any], limit: int) -> dict[str, str]:
+    return {name: text if len(text := str(value)) <= limit else f"{text[: limit - 1]}…" for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""The work itself: verbs are files, choices are folders. Nothing here knows Prefect, MLflow or S3."""

@@ -1,0 +1,56 @@
+"""Choices: the frozen dataclasses whose fields are the settings of a codec, merger, tuner, suite, head or data source.
+
+Every choice has `name: Literal[...]`, which picks it in a config, and `version: Literal[...]`, which rises when its
+numbers change and so ends the reuse of earlier results. A family is a union of choices told apart by their names:
+
+    AnyCodec = Annotated[Dense | Ternary, BY_NAME]
+
+The union is the only list: mypy, the validation of configs, the lookup table (`choices`) and the contract tests all
+read it. `BY_NAME` is the one thing of pydantic that `configs` cannot add from outside, so it is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, get_args
+
+from pydantic import Discriminator
+
+from storage.errors import InvalidInput
+
+BY_NAME = Discriminator("name")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The common root. The class variable makes the validation of configs refuse unknown fields."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def spec(self) -> dict[str, Any]:
+        """The settings as plain values, for lineages, content keys and MLflow parameters."""
+        found = plain(asdict(self))
+        assert isinstance(found, dict)
+        return found
+
+
+def choices(family: Any) -> dict[str, Any]:
+    """Name -> class of a family, `Annotated[A | B, BY_NAME]`."""
+    union = get_args(family)[0]
+    members = get_args(union) or (union,)
+    return {member.name: member for member in members}
+
+
+def plain(value: Any) -> Any:
+    """`value` with tuples as lists: what canonical JSON gives back when it is read."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def require(condition: bool, field: str, expected: str, found: object) -> None:
+    """Refuse a setting: `require(0 < self.density <= 1, "density", "in (0, 1]", self.density)`."""
+    if not condition:
+        raise InvalidInput(f"{field} must be {expected}, found {found!r}")

@@ -1,0 +1,15 @@
+"""Data sources: where a task's examples come from. `AnyData` is the list of choices; one file each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from tasks.choice import BY_NAME
+from tasks.data.base import Rows, Source, Split
+from tasks.data.digits import Digits
+from tasks.data.hub import Hub
+from tasks.data.parquet import Parquet
+
+AnyData = Annotated[Digits | Parquet | Hub, BY_NAME]
+
+__all__ = ["AnyData", "Digits", "Hub", "Parquet", "Rows", "Source", "Split"]

@@ -1,0 +1,113 @@
+"""Evaluate: scores of a model on the tasks seen so far, and what a series of them says about forgetting.
+
+Notation of the continual-learning literature: R[i, j] is the accuracy on task j after step i, both from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.artifacts import Artifact, ArtifactStore
+from storage.manifest import Lineage
+from storage.refs import CheckpointRef, ScoresRef
+from storage.tables import read_rows, write_rows
+from tasks.checkpoints import load_model
+from tasks.fine_tune import Report
+from tasks.suites import AnySuite
+
+TABLE = "scores.parquet"
+
+
+class NamedSuite(Protocol):
+    """A task as far as evaluation is concerned."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def suite(self) -> AnySuite: ...
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One row of a scores table."""
+
+    task: str
+    metric: str
+    value: float
+    samples: int
+
+
+def evaluate(
+    model: CheckpointRef,
+    tasks: Sequence[NamedSuite],
+    store: ArtifactStore,
+    device: str = "cpu",
+    report: Report = lambda done, total, note: None,
+    base: CheckpointRef | None = None,
+) -> ScoresRef:
+    """Score `model` on every task's test split. The rows are stored as Parquet, the first metric leads.
+
+    `base` lends its tokenizer or image processor: models tuned elsewhere are often published without one.
+    """
+    artifact = store.open(model, "checkpoint")
+    source = artifact if base is None else store.open(base, "checkpoint")
+    backbone = load_model(artifact, device)
+    rows = []
+    for number, task in enumerate(tasks):
+        problem = task.suite.open(source)
+        for score in problem.score(backbone, device, lambda done, total: None):
+            rows.append(ScoreRow(task.name, score.metric, score.value, score.samples))
+        report(number + 1, len(tasks), task.name)
+    spec = {"tasks": {task.name: {"suite": task.suite.spec(), "data": task.suite.fingerprint()} for task in tasks}}
+    inputs = {"model": model} if base is None else {"model": model, "base": base}
+    draft = store.draft("scores", Lineage("evaluate", inputs, spec))
+    draft.add_asset(TABLE, write_rows([row.__dict__ for row in rows]))
+    return ScoresRef(draft.commit())
+
+
+def read_scores(scores: Artifact) -> list[ScoreRow]:
+    return [ScoreRow(**row) for row in read_rows(scores.asset(TABLE))]
+
+
+def leading(scores: Artifact) -> dict[str, float]:
+    """Task -> its leading metric."""
+    found: dict[str, float] = {}
+    for row in read_scores(scores):
+        found.setdefault(row.task, row.value)
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the accuracy matrix of one line says after its last step. Shares in [0, 1]; None where undefined."""
+
+    average: float  # ACC = mean_j R[T, j]
+    worst: float  # min_j R[T, j]
+    backward_transfer: float | None  # mean_{j<T} R[T, j] - R[j, j] (Lopez-Paz & Ranzato 2017)
+    forgetting: float | None  # mean_{j<T} max_{j<=l<T} R[l, j] - R[T, j] (Chaudhry et al. 2018)
+    normalised: float | None  # mean_j R[T, j] / individual_j
+
+
+def summarise(matrix: Sequence[Mapping[str, float]], individual: Mapping[str, float]) -> Summary:
+    """Summarise R, a row per step (task -> accuracy on the tasks seen by then, in order), against single models."""
+    last = matrix[-1]
+    tasks = list(last)
+    earlier = list(enumerate(tasks[:-1]))
+    transfer = [last[task] - matrix[j][task] for j, task in earlier]
+    forgot = [max(matrix[step][task] for step in range(j, len(matrix) - 1)) - last[task] for j, task in earlier]
+    shares = [last[task] / individual[task] for task in tasks if individual.get(task)]
+    return Summary(
+        average=_mean(list(last.values())),
+        worst=min(last.values()),
+        backward_transfer=_mean(transfer) if transfer else None,
+        forgetting=_mean(forgot) if forgot else None,
+        normalised=_mean(shares) if len(shares) == len(tasks) else None,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,87 @@
+"""Register: one step of a line, as the stages that made it, read from the lineages of its artifacts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from storage.artifacts import Artifact, ArtifactStore
+from storage.lines import Entry
+from storage.manifest import canonical, digest
+from storage.refs import CheckpointRef, ScoresRef, short
+from storage.registry import ModelVersion, Registry, Stage
+from tasks.checkpoints import HISTORY
+from tasks.evaluate import Summary, read_scores
+
+
+def register(
+    experiment: str,
+    line: str,
+    entries: Sequence[Entry],
+    model: CheckpointRef,
+    scores: ScoresRef,
+    summary: Summary,
+    store: ArtifactStore,
+    registry: Registry,
+) -> ModelVersion:
+    """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
+
+    `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line.
+    """
+    entry = entries[-1]
+    assert entry.update is not None and entry.state is not None
+    parent = registry.find(line, step_key(store, line, entries[:-1])) if len(entries) > 1 else None
+    tags = {
+        "run": f"{line} {entry.step}: {entry.task}",
+        "line": line,
+        "step": str(entry.step),
+        "task": entry.task,
+        "base": entry.base,
+        "merger": canonical(dict(entry.merger)).decode(),
+        "update": entry.update,
+        "updates": " ".join(short(one.update) for one in entries if one.update),
+        "tasks": " ".join(one.task for one in entries),
+        "state": entry.state,
+        "scores": scores,
+        "store": store.url,
+        "parent_version": str(parent) if parent else "none",
+    }
+    numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
+    stages = _stages(store, entry, model, scores)
+    accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
+    step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
+    key = step_key(store, line, entries)
+    return registry.register(experiment, key, step, stages, store.address(model))
+
+
+def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry]) -> str:
+    """The content key of a registered step: the line, its store, and the state that was reached."""
+    entry = entries[-1]
+    return digest(canonical([store.url, line, entry.number, entry.state]))
+
+
+def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef) -> list[Stage]:
+    assert entry.update is not None and entry.state is not None
+    update = store.open(entry.update, "update")
+    inputs = update.manifest.lineage.inputs
+    chain = [inputs.get("tuned"), inputs.get("update"), entry.update, entry.state, model]
+    stages = [_stage(store.open(ref)) for ref in chain if ref]
+    rows = read_scores(store.open(scores, "scores"))
+    metrics = {row.task if row.metric == "accuracy" else f"{row.task}.{row.metric}": row.value for row in rows}
+    return [*stages, Stage("evaluate", scores, {"model": model}, metrics)]
+
+
+def _stage(artifact: Artifact) -> Stage:
+    """A stage as its artifact tells it: settings and inputs become parameters, numeric facts become metrics."""
+    lineage, facts = artifact.manifest.lineage, artifact.manifest.facts
+    params: dict[str, Any] = {**{f"input.{role}": ref for role, ref in lineage.inputs.items()}, **lineage.spec}
+    numbers = {name: float(value) for name, value in facts.items() if isinstance(value, (int, float))}
+    return Stage(lineage.step, artifact.ref, params, numbers, _series(artifact))
+
+
+def _series(artifact: Artifact) -> Mapping[str, list[tuple[int, float]]]:
+    if HISTORY not in artifact.manifest.assets:
+        return {}
+    points = json.loads(artifact.asset(HISTORY))
+    return {"training_loss": [(int(point["step"]), float(point["loss"])) for point in points]}

@@ -1,0 +1,55 @@
+"""What a suite is: data and a measure. Opened for a base model it becomes a problem, which trains and scores models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from storage.artifacts import Artifact
+from tasks.data import Rows, Split
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about one model: `accuracy` 0.91 over 719 `samples`. Shares are in [0, 1]."""
+
+    metric: str
+    value: float
+    samples: int
+
+
+class Trainable(Protocol):
+    """What training needs: rows, batches of them, and a module with a loss."""
+
+    def rows(self, split: Split) -> Rows: ...
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch: ...
+
+    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+        """A module whose forward(**batch) gives {"loss": scalar, "logits": ...}; its head is frozen."""
+        ...
+
+
+class Problem(Trainable, Protocol):
+    """A suite opened for one base model, whose tokenizer or processor turns rows into batches."""
+
+    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
+        """Measure on the test split. The first score is the one that tables show, and higher is better."""
+        ...
+
+
+class Suite(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def spec(self) -> dict[str, Any]: ...
+
+    def fingerprint(self) -> str: ...
+
+    def open(self, base: Artifact) -> Problem: ...

@@ -1,0 +1,221 @@
+"""Causal language modelling: prompts and answers, trained and scored on the tokens of the answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel
+
+from storage.artifacts import Artifact
+from storage.errors import InvalidInput, Mismatch
+from storage.refs import short
+from tasks.checkpoints import assets_folder
+from tasks.choice import Choice, require
+from tasks.data import AnyData, Rows, Split
+from tasks.suites.base import Batch, Score
+
+IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
+_SHOWN = 60  # characters of a text that an error quotes
+
+
+@dataclass(frozen=True)
+class CausalLm(Choice):
+    """`prompt` and `answer`: text columns, joined by `separator`. Or `messages`: a column of chats.
+
+    A chat is a list of {"role", "content"} in the base's chat template; its last message is the answer. The prompt
+    is cut from its beginning to fit `max_tokens`, the answer never.
+    """
+
+    data: AnyData
+    name: Literal["causal_lm"] = "causal_lm"
+    version: Literal[1] = 1
+    prompt: str = "prompt"
+    answer: str = "answer"
+    separator: str = "\n"
+    messages: str | None = None
+    max_tokens: int = 512
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens > 1, "max_tokens", "at least 2", self.max_tokens)
+        require(self.batch > 0, "batch", "positive", self.batch)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.prompt, self.answer) if self.messages is None else (self.messages,)
+
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
+    def open(self, base: Artifact) -> CausalLmProblem:
+        return CausalLmProblem(self, base)
+
+
+class AnswerLoss(nn.Module):
+    """The language model with the mean loss of the answers' tokens, in float32. Tokens [B, T] -> logits [B, T, V]."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits_BTV = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        if labels is None:
+            return {"logits": logits_BTV}
+        logits_NV, labels_N = predictions(logits_BTV, labels)
+        return {"loss": functional.cross_entropy(logits_NV, labels_N), "logits": logits_BTV}
+
+
+def predictions(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits that answer tokens were predicted with, each at the token before, and those tokens: [N, V] and [N]."""
+    counts_BT = labels_BT[:, 1:] != IGNORED
+    return logits_BTV[:, :-1][counts_BT].float(), labels_BT[:, 1:][counts_BT]
+
+
+class CausalLmProblem:
+    def __init__(self, suite: CausalLm, base: Artifact) -> None:
+        self._suite = suite
+        self._tokenizer: Any = _load_tokenizer(base)
+        lead = self._tokenizer("")["input_ids"][:1]
+        self._lead: list[int] = lead if lead == [self._tokenizer.bos_token_id] else []
+
+    def rows(self, split: Split) -> Rows:
+        rows = self._suite.data.rows(split)
+        if len(rows):
+            missing = [column for column in self._suite.columns if column not in rows[0]]
+            if missing:
+                raise Mismatch(
+                    f"columns of the {split} split",
+                    expected=", ".join(self._suite.columns),
+                    found=", ".join(sorted(rows[0])),
+                    remedy="Set prompt and answer, or messages, to the columns that hold them",
+                )
+        return rows
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Tokens, padded at the end; labels are the answers' tokens, everything else is ignored."""
+        encoded = [self._encode(row) for row in rows]
+        length = max(len(prompt) + len(answer) for prompt, answer in encoded)
+        input_ids = torch.full((len(rows), length), self._pad)
+        attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORED)
+        for number, (prompt, answer) in enumerate(encoded):
+            end = len(prompt) + len(answer)
+            input_ids[number, :end] = torch.tensor(prompt + answer)
+            attention_mask[number, :end] = 1
+            labels[number, len(prompt) : end] = torch.tensor(answer)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+        model: Any = backbone  # transformers leaves these two methods without types
+        if model.get_output_embeddings() is None:
+            raise InvalidInput(
+                f"{type(backbone).__name__} predicts no tokens: it has no language-model head",
+                remedy="Ingest the base with `architecture` set to its causal class, for instance LlamaForCausalLM",
+            )
+        words, known = len(self._tokenizer), model.get_input_embeddings().num_embeddings
+        if words > known:
+            raise Mismatch("tokens of the base's tokenizer", expected=f"at most {known}, its embeddings", found=words)
+        return AnswerLoss(backbone)
+
+    @torch.inference_mode()
+    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
+        """Teacher forced: every token of an answer is predicted from the true ones before it."""
+        model = self.wrap(backbone).to(device).eval()
+        rows = self.rows("test")
+        right, tokens, done, loss = 0, 0, 0, 0.0
+        for batch in DataLoader(rows, batch_size=self._suite.batch, collate_fn=self.collate):  # type: ignore[arg-type]
+            logits_BTV = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))["logits"]
+            logits_NV, labels_N = predictions(logits_BTV, batch["labels"].to(device))
+            right += int((logits_NV.argmax(dim=-1) == labels_N).sum())
+            loss += float(functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
+            tokens += len(labels_N)
+            done += len(batch["labels"])
+            report(done, len(rows))
+        if tokens == 0:
+            raise InvalidInput("the test split is empty", remedy="Check the path and the split names of the data")
+        return [Score("token_accuracy", right / tokens, tokens), Score("perplexity", _exp(loss / tokens), tokens)]
+
+    @property
+    def _pad(self) -> int:
+        found = self._tokenizer.pad_token_id
+        return int(self._tokenizer.eos_token_id if found is None else found)
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt and of the answer, which ends with the end-of-text token."""
+        before, after = self._texts(row) if self._suite.messages is None else self._chat(row[self._suite.messages])
+        end = self._tokenizer.eos_token_id
+        prompt, answer = self._tokens(before), self._tokens(after)
+        if self._suite.messages is None or not after.rstrip().endswith(self._tokenizer.eos_token):
+            answer = [*answer, end]
+        lead = self._lead if prompt[:1] != self._lead else []  # chat templates may have written it themselves
+        prompt = [*lead, *prompt]
+        room = self._suite.max_tokens - len(answer)
+        if not answer[:-1] or room < 0:
+            raise InvalidInput(
+                f"the answer of the example that begins {before[:_SHOWN]!r}: expected 1 to "
+                f"{self._suite.max_tokens - 1} tokens and an end, found {len(answer) - 1}",
+                remedy="Raise max_tokens, or leave such examples out of the data",
+            )
+        if len(prompt) > room:
+            kept = self._lead[:room]  # models that start with a special token expect it always
+            prompt = [*kept, *prompt[len(prompt) - (room - len(kept)) :]]
+        return prompt, answer
+
+    def _tokens(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
+        for column in self._suite.columns:
+            if not isinstance(row.get(column), str):
+                raise Mismatch(f"column {column!r} of the data", expected="text", found=repr(row.get(column))[:_SHOWN])
+        return row[self._suite.prompt] + self._suite.separator, row[self._suite.answer]
+
+    def _chat(self, chat: Any) -> tuple[str, str]:
+        last = chat[-1] if isinstance(chat, list) and len(chat) > 1 else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            expected = "two or more messages, the last with role assistant"
+            raise Mismatch(f"column {self._suite.messages!r}", expected=expected, found=repr(chat)[:_SHOWN])
+        if not self._tokenizer.chat_template:
+            raise InvalidInput(
+                "the base's tokenizer has no chat template, but `messages` are chats",
+                remedy="Use the instruction-tuned variant of the base, or prompt and answer columns",
+            )
+        before = self._tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        whole = self._tokenizer.apply_chat_template(chat, tokenize=False)
+        if not whole.startswith(before):
+            raise InvalidInput(
+                "the base's chat template writes a prompt otherwise once it is answered, so that the answer's tokens "
+                f"cannot be told from it: {whole[:_SHOWN]!r} does not begin with {before[:_SHOWN]!r}",
+                remedy="Use prompt and answer columns",
+            )
+        return before, whole.removeprefix(before)
+
+
+def _load_tokenizer(base: Artifact) -> Any:
+    with assets_folder(base) as folder:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise InvalidInput(
+                f"the base {short(base.ref)} has no tokenizer that can be read, but the data are texts",
+                remedy="Ingest it from a folder that has one: tokenizer.json and tokenizer_config.json",
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise InvalidInput(
+            f"the tokenizer of the base {short(base.ref)} has no end-of-text token, so answers could not end",
+            remedy="Set eos_token in its tokenizer_config.json and ingest it again",
+        )
+    return tokenizer
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

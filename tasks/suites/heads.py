@@ -1,0 +1,116 @@
+"""Heads of classifiers: frozen class vectors that features are compared with. `AnyHead` is the list of choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from storage.errors import InvalidInput, Mismatch
+from tasks.choice import BY_NAME, Choice, require
+from tasks.ingest import Checkpoint, locate
+
+ClassNames = tuple[str, ...] | None  # of the labels in order, if the data knows them
+
+
+class CosineHead(nn.Module):
+    """logits = scale * normalise(project(feature)) @ weight^T, all frozen. Feature [B, D] -> logits [B, C]."""
+
+    weight: Tensor
+
+    def __init__(self, weight_CD: Tensor, scale: float, project: nn.Module | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_CD)
+        self.scale = scale
+        self.project = project or nn.Identity()
+        self.requires_grad_(False)
+
+    def forward(self, feature_BD: Tensor) -> Tensor:
+        return self.scale * functional.normalize(self.project(feature_BD), dim=-1) @ self.weight.T
+
+
+@dataclass(frozen=True)
+class Orthonormal(Choice):
+    """Random orthonormal class vectors, the `index`-th draw of `seed`: heads that the base has never seen."""
+
+    name: Literal["orthonormal"] = "orthonormal"
+    version: Literal[1] = 1
+    classes: int = 10
+    index: int = 0
+    seed: int = 7
+    scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.classes > 1, "classes", "at least 2", self.classes)
+        require(self.index >= 0, "index", "0 or more", self.index)
+
+    def build(self, width: int, names: ClassNames = None) -> CosineHead:
+        require(self.classes <= width, "classes", f"at most the width of the features, {width}", self.classes)
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = [torch.randn(width, self.classes, generator=generator) for _ in range(self.index + 1)]
+        basis_DC, _ = torch.linalg.qr(draws[-1])
+        return CosineHead(basis_DC.T.contiguous(), self.scale)
+
+
+@dataclass(frozen=True)
+class ClipText(Choice):
+    """Zero-shot class vectors of a CLIP model: its text embeddings of every class name in every template.
+
+    `source` (folder or hub id) gives the text tower, the projections and the logit scale, all frozen; fine-tuning
+    and merging touch the vision tower alone. Templates have one `{}` for the class name. `classes`: the names in the
+    order of the labels, or `from_data`: those that the data set gives its labels.
+    """
+
+    name: Literal["clip_text"] = "clip_text"
+    version: Literal[1] = 1
+    source: str = "openai/clip-vit-base-patch32"
+    revision: str | None = None
+    classes: tuple[str, ...] | Literal["from_data"] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        enough = self.classes == "from_data" or len(self.classes) > 1
+        require(enough, "classes", "at least 2 names, or from_data", list(self.classes))
+        good = bool(self.templates) and all(one.count("{}") == 1 for one in self.templates)
+        require(good, "templates", "one or more texts with one {} each", list(self.templates))
+
+    def build(self, width: int, names: ClassNames = None) -> CosineHead:
+        from transformers import AutoTokenizer, CLIPModel
+
+        folder = locate(Checkpoint(source=self.source, revision=self.revision))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            clip: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                f"{self.source!r} has no whole CLIP model in safetensors with its tokenizer: {error}",
+                remedy="Check source and revision; on the hub, revision refs/pr/<number> may have safetensors",
+            ) from error
+        if clip.visual_projection.in_features != width:
+            expected = f"features of width {clip.visual_projection.in_features}"
+            raise Mismatch(f"vision tower for the head of {self.source!r}", expected=expected, found=width)
+        vectors = []
+        with torch.inference_mode():
+            for name in self._names(names):
+                tokens = tokenizer([one.format(name) for one in self.templates], padding=True, return_tensors="pt")
+                pooled = clip.text_model(**tokens).pooler_output
+                views_TD = functional.normalize(clip.text_projection(pooled), dim=-1)
+                vectors.append(functional.normalize(views_TD.mean(dim=0), dim=-1))
+        weight_CD = torch.stack(vectors).clone()
+        return CosineHead(weight_CD, float(clip.logit_scale.exp()), clip.visual_projection)
+
+    def _names(self, given: ClassNames) -> tuple[str, ...]:
+        if self.classes != "from_data":
+            return self.classes
+        if given is None:
+            raise InvalidInput(
+                "head.classes is from_data, but the data gives its labels no names",
+                remedy="List the class names in head.classes, in the order of the labels",
+            )
+        return given
+
+
+AnyHead = Annotated[Orthonormal | ClipText, BY_NAME]

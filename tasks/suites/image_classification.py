@@ -1,0 +1,143 @@
+"""Image classification: a vision backbone and a frozen head, scored by accuracy."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from storage.artifacts import Artifact
+from storage.errors import InvalidInput, Mismatch
+from tasks.checkpoints import assets_folder
+from tasks.choice import Choice, require
+from tasks.data import AnyData, Rows, Split
+from tasks.suites.base import Batch, Score
+from tasks.suites.heads import AnyHead, CosineHead
+
+
+@dataclass(frozen=True)
+class ImageClassification(Choice):
+    """`feature`: what the head sees of the backbone, its class token or its pooled output.
+
+    Rows need a label and either `pixel_values` (a tensor) or an image (PIL, encoded bytes, or a list of pixels).
+    """
+
+    data: AnyData
+    head: AnyHead
+    name: Literal["image_classification"] = "image_classification"
+    version: Literal[1] = 1
+    feature: Literal["cls", "pooled"] = "cls"
+    image: str = "image"
+    label: str = "label"
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, "batch", "positive", self.batch)
+
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
+    def open(self, base: Artifact) -> ImageProblem:
+        return ImageProblem(self, base)
+
+
+class Classifier(nn.Module):
+    """Backbone plus frozen head; only what a tuner leaves trainable in the backbone learns."""
+
+    def __init__(self, backbone: nn.Module, head: CosineHead, feature: str) -> None:
+        super().__init__()
+        self.backbone, self.head, self.feature = backbone, head, feature
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        output = self.backbone(pixel_values=pixel_values)
+        feature_BD = output.pooler_output if self.feature == "pooled" else output.last_hidden_state[:, 0]
+        logits_BC = self.head(feature_BD)
+        found = {"logits": logits_BC}
+        return found if labels is None else {"loss": functional.cross_entropy(logits_BC, labels), **found}
+
+
+class ImageProblem:
+    def __init__(self, suite: ImageClassification, base: Artifact) -> None:
+        self._suite = suite
+        self._base = base
+        self._processor: Any = None
+
+    def rows(self, split: Split) -> Rows:
+        return self._suite.data.rows(split)
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        labels = torch.tensor([int(self._column(row, self._suite.label)) for row in rows])
+        return {"pixel_values": torch.stack([self._pixels(row) for row in rows]), "labels": labels}
+
+    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+        width = getattr(backbone.config, "hidden_size", None)
+        if width is None:
+            raise InvalidInput(f"{type(backbone).__name__} has no hidden_size: it is no vision backbone")
+        head = self._suite.head.build(width, self._suite.data.class_names(self._suite.label))
+        return Classifier(backbone, head, self._suite.feature)
+
+    @torch.inference_mode()
+    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
+        model = self.wrap(backbone).to(device).eval()
+        rows = self.rows("test")
+        classes = int(model.head.weight.shape[0])  # type: ignore[union-attr,index]
+        accuracy = MulticlassAccuracy(classes, average="micro").to(device)
+        done = 0
+        for batch in DataLoader(rows, batch_size=self._suite.batch, collate_fn=self.collate):  # type: ignore[arg-type]
+            labels = batch["labels"]
+            if int(labels.max()) >= classes or int(labels.min()) < 0:
+                raise Mismatch("labels of the test split", expected=f"0 to {classes - 1}", found=int(labels.max()))
+            accuracy.update(model(batch["pixel_values"].to(device))["logits"], labels.to(device))
+            done += len(labels)
+            report(done, len(rows))
+        return [Score("accuracy", float(accuracy.compute()), done)]
+
+    def _pixels(self, row: dict[str, Any]) -> Tensor:
+        ready = row.get("pixel_values")
+        if isinstance(ready, Tensor):
+            return ready
+        image = self._column(row, self._suite.image)
+        if isinstance(image, dict):  # how Parquet files of image data sets store them
+            image = image["bytes"]
+        if isinstance(image, bytes):
+            from PIL import Image
+
+            image = Image.open(io.BytesIO(image))
+        if isinstance(image, list):
+            config = self._model_config()
+            return torch.tensor(image, dtype=torch.float32).reshape(
+                config["num_channels"], config["image_size"], config["image_size"]
+            )
+        pixels: Tensor = self._load_processor()(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def _column(self, row: dict[str, Any], column: str) -> Any:
+        if column not in row:
+            raise Mismatch("columns of the data", expected=repr(column), found=", ".join(sorted(row)))
+        return row[column]
+
+    def _model_config(self) -> dict[str, Any]:
+        import json
+
+        found: dict[str, Any] = json.loads(self._base.asset("config.json"))
+        return found
+
+    def _load_processor(self) -> Any:
+        if self._processor is None:
+            with assets_folder(self._base) as folder:
+                try:
+                    self._processor = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+                except (OSError, ValueError) as error:
+                    raise InvalidInput(
+                        "the base has no image processor (preprocessor_config.json), but the data has images",
+                        remedy="Ingest the base from a folder that has one, or give pixels as lists of numbers",
+                    ) from error
+        return self._processor

@@ -1,0 +1,104 @@
+"""Reading and checking the tensors of artifacts: the one place where stored parts become numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from storage.artifacts import Artifact, Parts
+from storage.errors import InvalidInput
+from storage.manifest import TensorRecord
+from storage.refs import short
+from tasks.codecs import decode_parts
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' spelling of a dtype."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        known = ", ".join(_DTYPES)
+        raise InvalidInput(f"tensors of {dtype} cannot be stored", remedy=f"Convert to one of {known}") from None
+
+
+def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
+    """Tensor `name`, decoded, in the dtype its record names.
+
+    A tensor stated against another (`onto`) is added to it in float32, or float64 if either is, and cast once.
+    """
+    record = artifact.record(name)
+    decoded = decode_record(record, artifact.parts(name), device)
+    onto = artifact.onto(name)
+    if onto is not None:
+        dense = decode_parts("dense@1", onto, record.shape).to(device)
+        decoded = dense.to(wide(dense, decoded)) + decoded
+    return decoded.to(_DTYPES[record.dtype])
+
+
+def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:
+    if record.rank is None:
+        return decode_parts(record.codec, parts, record.shape).to(device)
+    left, right = (leaf.to(device) for leaf in decode_factors(record, parts))
+    return (left @ right).reshape(record.shape)
+
+
+def decode_factors(record: TensorRecord, parts: Parts) -> tuple[Tensor, Tensor]:
+    """The factors B [m, rank] and A [rank, n] of a record that has a rank."""
+    assert record.rank is not None
+    rows, columns = record.shape
+    shapes = {"B": (rows, record.rank), "A": (record.rank, columns)}
+    found = {
+        factor: decode_parts(record.codec, unprefixed(parts, factor), shape) for factor, shape in shapes.items()
+    }
+    return found["B"], found["A"]
+
+
+def prefixed(parts: Parts, factor: str) -> Parts:
+    return {f"{factor}.{key}": part for key, part in parts.items()}
+
+
+def unprefixed(parts: Parts, factor: str) -> Parts:
+    return {key.removeprefix(f"{factor}."): part for key, part in parts.items() if key.startswith(f"{factor}.")}
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype of arithmetic on these tensors: float64 if one of them has it, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Refuse NaN and infinity: they would spread through every later merge."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InvalidInput(
+            f"tensor {name!r} of {where}: expected finite numbers, found {bad:,} NaN or infinite of {tensor.numel():,}",
+            remedy="The training that produced it diverged; take an earlier checkpoint or a lower learning rate",
+        )
+
+
+def check_base(what: Artifact, base: str, *, role: str) -> None:
+    """Refuse an artifact that was made from another base."""
+    from storage.errors import Mismatch
+
+    found = what.manifest.lineage.inputs.get("base")
+    if found != base:
+        raise Mismatch(
+            f"the base of {role} {short(what.ref)}",
+            expected=short(base),
+            found=short(found) if found else "none",
+            remedy="Updates merge only into lines of the base they were taken from: extract it again from this base",
+        )

@@ -1,0 +1,348 @@
+"""The contract of object stores: what every backend promises, asked of all of them; and artifacts and lines on top."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from storage.artifacts import ArtifactStore
+from storage.errors import Conflict, Damaged, InvalidInput, Missing
+from storage.lines import Entry, Line
+from storage.manifest import Lineage
+from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore, open_objects
+from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
+
+R = TypeVar("R")
+WRITERS = 16
+BAD_KEYS = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "/x",
+    "a//b",
+    "a/../b",
+    "a/./b",
+    "a/..",
+    "a/",
+    ".hidden",
+    "a/.part",
+    "a\\b",
+    "a\n",
+    "a b",
+]
+
+
+@pytest.fixture(params=["memory", "directory", "s3"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of each backend, opened by its address as a user would."""
+    address = {
+        "memory": lambda: "memory:",
+        "directory": lambda: (tmp_path / "a store with spaces").as_uri(),
+        "s3": lambda: request.getfixturevalue("s3_url"),
+    }
+    return open_objects(address[request.param]())
+
+
+def at_once(work: Callable[[int], object], count: int = WRITERS) -> list[object]:
+    """The results of `work(0)` ... `work(count - 1)`, started at the same moment in as many threads."""
+    gate = threading.Barrier(count)
+
+    def wait_and_work(number: int) -> object:
+        gate.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(wait_and_work, range(count)))
+
+
+class TestObjectStore:
+    """Reads, writes, first writes and listings mean the same everywhere."""
+
+    @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)), b"\r\n\x00" * 1000])
+    def test_what_is_put_is_got(self, objects: ObjectStore, data: bytes) -> None:
+        objects.put("folder/under/key.bin", data)
+        assert objects.get("folder/under/key.bin") == data
+        assert objects.size("folder/under/key.bin") == len(data)
+
+    def test_large_objects(self, objects: ObjectStore) -> None:
+        data = torch.arange(5 * 2**20, dtype=torch.int32).numpy().tobytes()
+        objects.put("large", data)
+        assert sha256(objects.get("large")).digest() == sha256(data).digest()
+        assert objects.size("large") == 20 * 2**20
+
+    def test_nothing_is_missing_and_has_no_size(self, objects: ObjectStore) -> None:
+        with pytest.raises(Missing, match="nothing/here"):
+            objects.get("nothing/here")
+        assert objects.size("nothing/here") is None
+        assert list(objects.list("")) == []
+
+    def test_put_replaces(self, objects: ObjectStore) -> None:
+        objects.put("key", b"a longer first version")
+        objects.put("key", b"second")
+        assert objects.get("key") == b"second"
+        assert objects.size("key") == 6
+        assert list(objects.list("")) == ["key"]
+
+    def test_create_does_not_replace(self, objects: ObjectStore) -> None:
+        assert objects.create("line/main/0", b"first") is True
+        assert objects.create("line/main/0", b"second") is False
+        assert objects.get("line/main/0") == b"first"
+        objects.put("put", b"before")
+        assert objects.create("put", b"after") is False
+        assert objects.get("put") == b"before"
+
+    def test_create_has_one_winner(self, objects: ObjectStore) -> None:
+        for turn in range(10):
+            key, texts = f"race/{turn}", [f"writer {number} of turn {turn}".encode() for number in range(WRITERS)]
+            won = at_once(lambda number, key=key, texts=texts: objects.create(key, texts[number]))  # type: ignore[misc]
+            assert sorted(map(str, won)) == ["False"] * (WRITERS - 1) + ["True"]
+            assert objects.get(key) == texts[won.index(True)]
+        assert len(list(objects.list("race/"))) == 10
+
+    def test_a_reader_never_sees_half_a_put(self, objects: ObjectStore) -> None:
+        versions = [bytes([number]) * 300_000 for number in range(4)]
+        objects.put("key", versions[0])
+
+        def work(number: int) -> object:
+            if number < 2:
+                for version in versions * 3:
+                    objects.put("key", version)
+                return True
+            return all(objects.get("key") in versions for _ in range(12))
+
+        assert all(at_once(work, 6))
+
+    def test_list_is_sorted_and_takes_any_prefix(self, objects: ObjectStore) -> None:
+        keys = ["blob/a1", "blob/a2", "blob/b1", "blobs/a1", "line/main/00000000", "line/main-2/00000000", "top"]
+        for key in reversed(keys):
+            objects.put(key, key.encode())
+        assert list(objects.list("")) == sorted(keys)
+        for prefix in ("blob", "blob/", "blob/a", "blob/a1", "line/main/", "line/main", "t", "nothing", "blob/a1/"):
+            assert list(objects.list(prefix)) == sorted(key for key in keys if key.startswith(prefix)), prefix
+
+    def test_list_goes_past_the_first_thousand(self, objects: ObjectStore) -> None:
+        keys = [f"many/{number:05d}" for number in range(1100)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: objects.put(key, b""), keys))
+        assert list(objects.list("many/")) == keys
+        assert len(list(objects.list("many/0109"))) == 10
+
+    @pytest.mark.parametrize("key", BAD_KEYS)
+    def test_keys_that_could_lead_elsewhere_are_refused(self, objects: ObjectStore, key: str) -> None:
+        for use in (objects.get, objects.size, lambda key: objects.put(key, b""), lambda key: objects.create(key, b"")):
+            with pytest.raises(InvalidInput, match="not an object key"):
+                use(key)
+        assert list(objects.list("")) == []
+
+    def test_the_address_opens_the_same_store(self, objects: ObjectStore) -> None:
+        objects.put("key", b"content")
+        again = open_objects(objects.url)
+        assert again.url == objects.url
+        # Memory is the exception: each store has its own, which is why it has no more of an address than `memory:`.
+        assert again.size("key") == (None if isinstance(objects, MemoryObjects) else 7)
+
+
+# Runs in a process of its own, because a limit on file size cannot be raised again by who set it. The limit makes the
+# operating system itself refuse the write in its middle, as a full disk or an exhausted quota does.
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from storage.errors import StoreFull
+from storage.objects import DirectoryObjects
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+store = DirectoryObjects(Path(sys.argv[1]))
+for write in (store.put, store.create):
+    for key in ("old", "new", "folder/new"):
+        try:
+            if write(key, b"n" * 1_000_000) is False and key == "old":
+                continue
+        except StoreFull as error:
+            assert "nothing half-written was left" in str(error)
+        else:
+            sys.exit(f"{write.__name__} of {key} did not notice")
+store.put("fits", b"f" * 1000)
+"""
+
+
+def test_a_full_disk_leaves_the_old_content_and_no_scraps(tmp_path: Path) -> None:
+    store = DirectoryObjects(tmp_path / "store")
+    store.put("old", b"old content")
+    child = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(store.root)], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert store.get("old") == b"old content"
+    files = sorted(path.name for path in store.root.rglob("*") if path.is_file())
+    assert files == ["fits", "old"]
+
+
+# No key is the folder of another: a directory cannot hold `a` and `a/b` at once, and no key of ours needs that.
+_NAMES = st.sampled_from(["a", "b/x", "b/y", "b-/x", "c/d/e", "c/d/f-1_2.json"])
+_DATA = st.binary(max_size=40)
+
+
+class StoreModel(RuleBasedStateMachine):
+    """A store must behave like a dictionary whatever is done to it, in whatever order."""
+
+    make: Callable[[], ObjectStore]
+
+    @initialize()
+    def start(self) -> None:
+        self.store = self.make()
+        self.model: dict[str, bytes] = {}
+
+    @rule(key=_NAMES, data=_DATA)
+    def put(self, key: str, data: bytes) -> None:
+        self.store.put(key, data)
+        self.model[key] = data
+
+    @rule(key=_NAMES, data=_DATA)
+    def create(self, key: str, data: bytes) -> None:
+        assert self.store.create(key, data) is (key not in self.model)
+        self.model.setdefault(key, data)
+
+    @rule(key=_NAMES)
+    def get(self, key: str) -> None:
+        found = None
+        with suppress(Missing):
+            found = self.store.get(key)
+        assert found == self.model.get(key)
+
+    @rule(prefix=st.sampled_from(["", "b", "b/", "b/x", "c/d", "c/d/", "z/"]))
+    def list(self, prefix: str) -> None:
+        assert [*self.store.list(prefix)] == sorted(key for key in self.model if key.startswith(prefix))
+
+    @invariant()
+    def sizes_agree(self) -> None:
+        for key, data in getattr(self, "model", {}).items():
+            assert self.store.size(key) == len(data)
+
+
+class MemoryModel(StoreModel):
+    make = staticmethod(MemoryObjects)
+
+
+class DirectoryModel(StoreModel):
+    def make(self) -> ObjectStore:  # type: ignore[override]
+        self.folder = TemporaryDirectory()
+        return DirectoryObjects(Path(self.folder.name))
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+
+TestMemoryModel = MemoryModel.TestCase
+TestDirectoryModel = DirectoryModel.TestCase
+# No deadline: a directory waits for its disk at every write, for as long as the disk likes.
+TestMemoryModel.settings = TestDirectoryModel.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None
+)
+
+
+class TestArtifactsAndLines:
+    """The two users of object stores keep their own promises over every backend."""
+
+    @pytest.fixture
+    def store(self, objects: ObjectStore) -> ArtifactStore:
+        return ArtifactStore(objects)
+
+    @pytest.fixture
+    def ref(self, store: ArtifactStore) -> Ref:
+        return commit(store, torch.arange(6, dtype=torch.float32).reshape(2, 3))
+
+    def test_a_tensor_comes_back_bit_for_bit(self, store: ArtifactStore, ref: Ref) -> None:
+        artifact = store.open(ref, "update")
+        assert artifact.names == ["layer.weight"]
+        assert torch.equal(artifact.parts("layer.weight")["tensor"], torch.arange(6.0).reshape(2, 3))
+        assert artifact.asset("config.json") == b"{}"
+        assert list(store.refs("update")) == [ref]
+        assert store.resolve(ref[:15]) == ref
+
+    def test_same_work_same_ref(self, store: ArtifactStore, ref: Ref) -> None:
+        before = list(store.objects.list(""))
+        assert commit(store, torch.arange(6.0).reshape(2, 3)) == ref
+        assert list(store.objects.list("")) == before
+        assert commit(store, torch.zeros(2, 3)) != ref
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            lambda data: data[:-1],
+            lambda data: b"",
+            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+            lambda data: data + b"\x00",
+        ],
+        ids=["truncated", "emptied", "one bit", "extended"],
+    )
+    def test_harm_to_a_blob_is_found_and_named(
+        self, store: ArtifactStore, ref: Ref, harm: Callable[[bytes], bytes]
+    ) -> None:
+        artifact = store.open(ref)
+        key = f"blob/{artifact.record('layer.weight').blob}"
+        store.objects.put(key, harm(store.objects.get(key)))
+        with pytest.raises(Damaged, match=key) as caught:
+            artifact.parts("layer.weight")
+        assert "layer.weight" in str(caught.value)
+
+    def test_harm_to_a_manifest_is_found_and_named(self, store: ArtifactStore, ref: Ref) -> None:
+        store.objects.put(ref, store.objects.get(ref).replace(b'"F32"', b'"F16"'))
+        with pytest.raises(Damaged, match=ref[:19]):
+            store.open(ref)
+
+    def test_of_two_merges_onto_one_entry_one_wins(self, objects: ObjectStore) -> None:
+        line = Line(objects, "main")
+        head = line.open(named(CheckpointRef, "checkpoint", "base"), {"name": "average", "version": 1})
+        for turn in range(5):
+
+            def fold(number: int, head: Entry = head, turn: int = turn) -> Entry | Conflict:
+                update = named(UpdateRef, "update", f"{turn}.{number}")
+                try:
+                    return Line(objects, "main").fold(head, "task", update, named(StateRef, "state", update))
+                except Conflict as error:
+                    return error
+
+            results = at_once(fold, 2)
+            winners = [result for result in results if isinstance(result, Entry)]
+            assert len(winners) == 1, results
+            assert any(isinstance(result, Conflict) for result in results)
+            head = line.head()
+            assert (head.number, head.step) == (turn + 1, turn + 1)
+            assert (head.update, head.state) == (winners[0].update, winners[0].state)
+        assert [entry.step for entry in line.history()] == [1, 2, 3, 4, 5]
+
+    def test_the_same_merge_twice_is_one_entry(self, objects: ObjectStore) -> None:
+        line = Line(objects, "main")
+        head = line.open(named(CheckpointRef, "checkpoint", "base"), {"name": "average", "version": 1})
+        update, state = named(UpdateRef, "update", "u"), named(StateRef, "state", "s")
+        at_once(lambda number: Line(objects, "main").fold(head, "task", update, state), 4)
+        assert len(line.history()) == 1
+
+
+def commit(store: ArtifactStore, tensor: torch.Tensor) -> Ref:
+    draft = store.draft("update", Lineage("test"))
+    draft.add("layer.weight", {"tensor": tensor}, role="linear.weight", dtype="F32", shape=tensor.shape)
+    draft.add_asset("config.json", b"{}")
+    return draft.commit()
+
+
+def named(make: Callable[[Ref], R], kind: str, text: str) -> R:
+    """A well-formed ref that stands for `text`; lines do not look behind the refs they are given."""
+    return make(Ref(f"{kind}/{sha256(text.encode()).hexdigest()}"))
