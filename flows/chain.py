@@ -75,8 +75,8 @@ class Outcome:
 )
 def chain(config: ChainConfig) -> Outcome:
     """Base; for each task fine-tune, extract and compress; then fold one by one, evaluating after every step."""
-    base = _named(steps.base_step(config.base), f"base {config.base.name}")(config.base)
-    base_scores = _named(steps.evaluate, "evaluate base")(base, list(config.tasks))
+    base = _run(steps.base_step(config.base), f"base {config.base.name}", config.base)
+    base_scores = _run(steps.evaluate, "evaluate base", base, list(config.tasks))
     prepared = _prepare(config, base)
     lines = [_grow(config, line, base, prepared) for line in config.lines]
     return Outcome(base, base_scores, prepared, lines)
@@ -111,21 +111,20 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
         if number < len(entries):
             _check_history(line.name, entries[number], one, number)
         before = entries[number - 1] if number else None
-        state = _named(steps.fold, f"{line.name}: merge {name}")(
-            base, before.state if before else None, one.update, line.merger
-        )
+        held = before.state if before else None
+        state = _run(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.merger)
         if number == len(entries):
             newest = journal.head() if entries else opened
-            commit = _named(steps.commit, f"{line.name}: commit {name}")
-            entries.append(commit(line.name, newest, name, one.update, state))
-        model = _named(steps.materialize, f"{line.name}: write {name}")(base, state)
+            label = f"{line.name}: commit {name}"
+            entries.append(_run(steps.commit, label, line.name, newest, name, one.update, state))
+        model = _run(steps.materialize, f"{line.name}: write {name}", base, state)
         seen = [task.task for task in prepared[: number + 1]]
-        scores = _named(steps.evaluate, f"{line.name}: evaluate {name}")(model, seen)
+        scores = _run(steps.evaluate, f"{line.name}: evaluate {name}", model, seen)
         matrix.append(leading(here().store.open(scores)))
         summary = summarise(matrix, alone)
-        version = _named(steps.register, f"{line.name}: register {name}")(
-            config.name, line.name, entries[: number + 1], model, scores, summary
-        )
+        so_far = entries[: number + 1]
+        label = f"{line.name}: register {name}"
+        version = _run(steps.register, label, config.name, line.name, so_far, model, scores, summary)
         grown.steps.append(Step(entries[number], model, scores, summary, version))
     return grown
 
@@ -139,6 +138,11 @@ def _check_history(line: str, entry: Entry, one: Prepared, number: int) -> None:
             f"{one.task.name!r} ({short(one.update)})",
             remedy="Give the line a new name in the config, or go on with the chain that it was grown by",
         )
+
+
+def _run(step: Any, name: str, *inputs: Any) -> Any:
+    """Run a step now, under a name that people understand, and return what it gave."""
+    return _named(step, name)(*inputs, return_state=True).result()
 
 
 def _named(step: Any, name: str) -> Any:

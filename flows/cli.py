@@ -56,8 +56,10 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 line_app = typer.Typer(no_args_is_help=True, help="Lines: the merged models and their histories.")
 app.add_typer(line_app, name="line")
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+_WIDE = 160  # for files and pipes, where nothing should be cut or wrapped
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDE)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was asked for, no progress.")]
 
@@ -104,9 +106,11 @@ def line_show(name: Annotated[str, typer.Argument(help="Name of the line, such a
 
         line = Line(_open_workplace().store.objects, name)
         head = line.head()
-        console.print(f"line     {name}\nbase     {head.base}\nmerger   {dict(head.merger)}\nstate    {head.state}")
+        settings = ", ".join(f"{key} {value}" for key, value in head.merger.items() if key not in ("name", "version"))
+        console.print(f"line    {name}\nmerger  {head.merger['name']} {settings}", soft_wrap=True)
+        console.print(f"base    {head.base}\nstate   {head.state or 'nothing merged yet'}", soft_wrap=True)
         for entry in line.history():
-            console.print(f"{entry.step:>3}  {entry.task:<16} {entry.update}")
+            console.print(f"{entry.step:>4}  {entry.task:<16} {entry.update}", soft_wrap=True)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from flows.chain import Grown, Outcome
@@ -72,13 +73,14 @@ def size_lines(outcome: Outcome) -> Iterator[str]:
 
 
 def journal_table(name: str, entries: list[Entry]) -> Table:
-    """The journal of a line, oldest first."""
-    table = Table(title=f"line {name}", title_justify="left")
-    for column in ("entry", "action", "step", "task", "update", "state", "at", "why"):
+    """The journal of a line, oldest first. Refs are cut to what `deltaworks show` needs to find them."""
+    table = Table(title=f"line {name}", title_justify="left", box=SIMPLE)
+    for column in ("#", "action", "merged", "task", "update", "state", "when (UTC)", "why"):
         table.add_column(column)
     for entry in entries:
-        refs = [short(ref) if ref else "" for ref in (entry.update, entry.state)]
-        table.add_row(str(entry.number), entry.action, str(entry.step), entry.task, *refs, entry.at, entry.why)
+        refs = [short(ref, 8) if ref else "" for ref in (entry.update, entry.state)]
+        when = entry.at[:16].replace("T", " ")
+        table.add_row(str(entry.number), entry.action, str(entry.step), entry.task, *refs, when, entry.why)
     return table
 
 

@@ -40,7 +40,7 @@ def kind_of(ref: Ref) -> str:
     return ref.split("/", 1)[0]
 
 
-def short(ref: str) -> str:
-    """The first twelve digits, for people: `update/1b2c3d4e5f60`."""
+def short(ref: str, digits: int = 12) -> str:
+    """The ref with its first digits only, for people: `update/1b2c3d4e5f60`."""
     kind, _, digest = ref.partition("/")
-    return f"{kind}/{digest[:12]}"
+    return f"{kind}/{digest[:digits]}"

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import boto3
@@ -25,6 +25,7 @@ from botocore import exceptions as raised
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
 from storage.objects import check_key
@@ -41,7 +42,7 @@ _TRANSFER = TransferConfig(
     max_concurrency=4,
     preferred_transfer_client="classic",
 )
-_PAUSES = (0.1, 0.3, 1.0, 3.0)  # seconds between attempts at a conditional write that collided with another
+_PAUSES = (0.1, 0.3, 0.6, 1.0)  # seconds between attempts at a conditional write that collided with another
 
 _WAIT = "Check that the server runs and answers at this address (AWS_ENDPOINT_URL), then run again"
 _KEYS = (
@@ -61,11 +62,8 @@ _Verdict = tuple[type[DeltaworksError], str]
 _BY_CODE: dict[str, _Verdict] = {
     **dict.fromkeys(("NoSuchKey", "NotFound", "404"), (Missing, "")),
     "NoSuchBucket": (Missing, _BUCKET),
-    **dict.fromkeys(
-        ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-        + ("RequestTimeTooSkewed", "AccountProblem", "InvalidSecurity", "NotSignedUp"),
-        (InvalidInput, _KEYS),
-    ),
+    **dict.fromkeys(("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"), (InvalidInput, _KEYS)),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"), (InvalidInput, _KEYS)),
     **dict.fromkeys(
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
         (InvalidInput, _REGION),
@@ -74,12 +72,11 @@ _BY_CODE: dict[str, _Verdict] = {
         ("EntityTooLarge", "QuotaExceeded", "InsufficientStorage", "InsufficientCapacity", "XMinioStorageFull"),
         (StoreFull, _ROOM),
     ),
-    **dict.fromkeys(
-        ("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "RequestLimitExceeded")
-        + ("TooManyRequests", "BandwidthLimitExceeded", "RequestTimeout", "OperationAborted", "NoSuchUpload")
-        + ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
-        (Unavailable, _WAIT),
-    ),
+    **dict.fromkeys(("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled"), (Unavailable, _WAIT)),
+    **dict.fromkeys(("RequestLimitExceeded", "TooManyRequests", "OperationAborted"), (Unavailable, _WAIT)),
+    # This attempt failed on its way, another one need not.
+    **dict.fromkeys(("RequestTimeout", "IncompleteBody", "BadDigest", "NoSuchUpload"), (Unavailable, _WAIT)),
+    **dict.fromkeys(("XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"), (Unavailable, _WAIT)),
     "NotImplemented": (InvalidInput, _ASK),
 }
 _BY_STATUS: dict[int, _Verdict] = {
@@ -105,9 +102,10 @@ _BY_TYPE: tuple[tuple[type[Exception], _Verdict], ...] = (
     (raised.IncompleteReadError, (Unavailable, _WAIT)),
     (raised.FlexibleChecksumError, (Unavailable, _WAIT)),
     (ResponseParserError, (Unavailable, _WAIT)),  # an answer, but not S3's: a proxy's error page, for instance
+    (HTTPError, (Unavailable, _WAIT)),  # what botocore lets through of the library below it
     (OSError, (Unavailable, _WAIT)),
 )
-_FOREIGN = (BotoCoreError, ClientError, Boto3Error, ResponseParserError, OSError)
+_FOREIGN = (BotoCoreError, ClientError, Boto3Error, ResponseParserError, HTTPError, OSError)
 
 
 def translate(error: Exception, *, what: str, bucket: str, endpoint: str) -> DeltaworksError:
@@ -157,8 +155,8 @@ class S3Objects:
         place = self._place(key)
         with self._errors(place):
             answer = self._connect().get_object(Bucket=self.bucket, Key=place)
-            with answer["Body"] as body:
-                data: bytes = body.read()
+            with closing(answer["Body"]) as body:  # `with body` alone would hand out urllib3's stream, and its errors
+                data = body.read()
         if len(data) != answer["ContentLength"]:
             raise Unavailable(f"{key}: {len(data):,} of {answer['ContentLength']:,} bytes came", remedy=_WAIT)
         return data
@@ -254,5 +252,5 @@ class S3Objects:
 
 
 def _md5(data: bytes) -> str:
-    """The one checksum that servers old and new verify on arrival; boto3's newer ones are accepted but often ignored."""
+    """The checksum that servers old and new verify on arrival; boto3's newer ones are accepted but often ignored."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()

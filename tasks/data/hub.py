@@ -80,7 +80,9 @@ def _load_now(spec: Hub, split: Split) -> Any:
         dataset = load_dataset(path, spec.config, split=wanted, revision=spec.revision)
     except (ConnectionError, TimeoutError, HfHubHTTPError, httpx.TransportError) as error:
         raise Unavailable(f"cannot read data set {spec.repo!r} from the hub: {_text(error)}") from error
-    except DataFilesNotFoundError as error:
+    except (DataFilesNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "scripts" not in str(error):
+            raise
         raise InvalidInput(
             f"data set {spec.repo!r} has no files that can be read without running its code: {_text(error)}",
             remedy="Use a copy in Parquet; the hub often keeps one under revision refs/convert/parquet",

@@ -100,7 +100,7 @@ class ClipText(Choice):
                 views_TD = functional.normalize(clip.text_projection(pooled), dim=-1)
                 vectors.append(functional.normalize(views_TD.mean(dim=0), dim=-1))
         weight_CD = torch.stack(vectors).clone()
-        return CosineHead(weight_CD, float(clip.logit_scale.exp()), clip.visual_projection)
+        return CosineHead(weight_CD, clip.logit_scale.exp().item(), clip.visual_projection)
 
     def _names(self, given: ClassNames) -> tuple[str, ...]:
         if self.classes != "from_data":

@@ -134,7 +134,7 @@ class ImageProblem:
         if self._processor is None:
             with assets_folder(self._base) as folder:
                 try:
-                    self._processor = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+                    self._processor = AutoImageProcessor.from_pretrained(folder)
                 except (OSError, ValueError) as error:
                     raise InvalidInput(
                         "the base has no image processor (preprocessor_config.json), but the data has images",

@@ -286,7 +286,7 @@ class TestArtifactsAndLines:
         "harm",
         [
             lambda data: data[:-1],
-            lambda data: b"",
+            lambda data: data[:0],
             lambda data: data[:-1] + bytes([data[-1] ^ 1]),
             lambda data: data + b"\x00",
         ],
@@ -332,7 +332,7 @@ class TestArtifactsAndLines:
         line = Line(objects, "main")
         head = line.open(named(CheckpointRef, "checkpoint", "base"), {"name": "average", "version": 1})
         update, state = named(UpdateRef, "update", "u"), named(StateRef, "state", "s")
-        at_once(lambda number: Line(objects, "main").fold(head, "task", update, state), 4)
+        at_once(lambda _: Line(objects, "main").fold(head, "task", update, state), 4)
         assert len(line.history()) == 1
 
 

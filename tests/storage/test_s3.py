@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from urllib.parse import urlparse
 
@@ -19,6 +19,7 @@ import pytest
 from botocore import exceptions as raised
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import ProtocolError
 
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
 from storage.objects import open_objects
@@ -86,26 +87,27 @@ def losing_the_first_answer(endpoint: str) -> Iterator[str]:
     lost = threading.Event()
 
     def pump(source: socket.socket, sink: socket.socket, *, answers: bool) -> None:
-        try:
+        with suppress(OSError):
             while data := source.recv(65536):
                 if answers and data.startswith(b"HTTP/1.1 200") and not lost.is_set():
                     lost.set()
                     break
                 sink.sendall(data)
-        except OSError:
-            pass
         for end in (source, sink):
-            end.close() if answers else None
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # unlike close, is noticed by the thread that waits on the other pump
+
+    def relay(client: socket.socket) -> None:
+        with client, socket.create_connection((target.hostname or "", target.port or 80)) as server:
+            requests = threading.Thread(target=pump, args=(client, server), kwargs={"answers": False}, daemon=True)
+            requests.start()
+            pump(server, client, answers=True)
+            requests.join()
 
     def serve(listener: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection((target.hostname or "", target.port or 80))
-            threading.Thread(target=pump, args=(client, server), kwargs={"answers": False}, daemon=True).start()
-            threading.Thread(target=pump, args=(server, client), kwargs={"answers": True}, daemon=True).start()
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=relay, args=(listener.accept()[0],), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
@@ -200,19 +202,19 @@ class TestWithoutAServer:
                 assert "s3://a-bucket/a/prefix/key" in str(caught.value)
 
     def test_a_server_without_conditional_writes(self, elsewhere: Callable[[str], S3Objects]) -> None:
-        with answering(answer(501, "NotImplemented")) as (endpoint, _):
-            with pytest.raises(InvalidInput, match="only if it is absent"):
-                elsewhere(endpoint).create("line/main/00000000", b"entry")
+        refusing = answering(answer(501, "NotImplemented"))
+        with refusing as (endpoint, _), pytest.raises(InvalidInput, match="only if it is absent"):
+            elsewhere(endpoint).create("line/main/00000000", b"entry")
 
     def test_an_answer_that_breaks_off(self, elsewhere: Callable[[str], S3Objects]) -> None:
-        with answering(answer(200, body=b"the first bytes", length=1000)) as (endpoint, _):
-            with pytest.raises(Unavailable, match="a-bucket"):
-                elsewhere(endpoint).get("key")
+        breaking_off = answering(answer(200, body=b"the first bytes", length=1000))
+        with breaking_off as (endpoint, _), pytest.raises(Unavailable, match="a-bucket"):
+            elsewhere(endpoint).get("key")
 
     def test_something_answers_that_is_not_s3(self, elsewhere: Callable[[str], S3Objects]) -> None:
-        with answering(answer(200, body=b"<html><p>Welcome & log in")) as (endpoint, _):
-            with pytest.raises(Unavailable):
-                list(elsewhere(endpoint).list(""))
+        welcoming = answering(answer(200, body=b"<html><p>Welcome & log in"))
+        with welcoming as (endpoint, _), pytest.raises(Unavailable):
+            list(elsewhere(endpoint).list(""))
 
     def test_a_hiccup_is_not_noticed(self, elsewhere: Callable[[str], S3Objects]) -> None:
         with answering(answer(503, "SlowDown"), answer(200, body=b"data")) as (endpoint, requests):
@@ -313,6 +315,7 @@ URL = {"endpoint_url": "http://s3.example"}
         (raised.FlexibleChecksumError(error_msg="crc32"), Unavailable),
         (raised.CredentialRetrievalError(provider="iam-role", error_msg="late"), Unavailable),
         (ResponseParserError("not XML"), Unavailable),
+        (ProtocolError("broken"), Unavailable),
         (ConnectionResetError("reset"), Unavailable),
         (raised.NoCredentialsError(), InvalidInput),
         (raised.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"), InvalidInput),

@@ -227,7 +227,7 @@ def test_hub_maps_bad_folders(tmp_path: Path) -> None:
             Hub(repo=str(repo)).rows("test")
     broken = write(tmp_path / "broken")
     (broken / "train.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(InvalidInput, match="a file of data set .* cannot be read"):
+    with pytest.raises(InvalidInput, match=r"a file of data set .* cannot be read"):
         Hub(repo=str(broken)).rows("train")
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "code.py").write_text("print('never run')")
@@ -271,7 +271,7 @@ def test_digits_views_move_every_pixel_of_the_same_scan(view: Any) -> None:
 
 
 def _order(plain: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Which pixel of `plain` each of `shown` is, over all scans. Blank pixels are alike: the first free one is taken."""
+    """Which pixel of `plain` each of `shown` is, over all scans; of those that are alike, the first free."""
     free = list(range(64))
     found = []
     for column in shown.T:

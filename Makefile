@@ -1,0 +1,52 @@
+# Every target works from a clean clone: it makes .venv and installs when needed, and is quick when nothing changed.
+#   make demo       the main job on real data, in about a minute        make test      the tests
+#   make ui         MLflow and Prefect on this machine                  make test-all  the slow ones too
+#   make lint       format, types, import directions                    make bench     speed and memory, as ratios
+#   make clean      remove what the targets made, the demo's store included
+
+PYTHON ?= python3
+PIP    := .venv/bin/pip --disable-pip-version-check
+# one thread per process: faster for small models, and bit-identical between runs
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint format bench ui clean
+
+demo: .venv/.user
+	.venv/bin/deltaworks run demo
+
+ui: .venv/.user
+	.venv/bin/deltaworks ui
+
+test: .venv/.dev
+	.venv/bin/pytest
+
+test-all: .venv/.dev
+	.venv/bin/pytest -m ""
+
+lint: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: .venv/.dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: .venv/.dev
+	.venv/bin/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv .deltaworks build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Deltaworks needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/.user: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ .venv/.user
