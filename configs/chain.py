@@ -1,4 +1,4 @@
-"""The configuration of a chain: which base, which tasks, which choices. Read from YAML, checked before anything runs."""
+"""The configuration of a chain: which base, tasks and choices. Read from YAML, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def _explain(problem: Any) -> str:
             return f"{where}: has no `name`, which says what it is"
         case "unexpected_keyword_argument":
             known = _fields(_owner(problem["loc"]))
-            return f"{where}: there is no such field{_close(str(problem['loc'][-1]), known)}; fields: {', '.join(known)}"
+            return (
+                f"{where}: there is no such field{_close(str(problem['loc'][-1]), known)}; fields: {', '.join(known)}"
+            )
         case "missing" | "missing_argument":
             return f"{where}: is missing"
         case "literal_error":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -126,7 +127,9 @@ def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one
 
 @app.command()
 def export(
-    what: Annotated[str, typer.Argument(metavar="REF|LINE", help="A checkpoint's ref, or a line for its newest model.")],
+    what: Annotated[
+        str, typer.Argument(metavar="REF|LINE", help="A checkpoint's ref, or a line for its newest model.")
+    ],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     quiet: Quiet = False,
 ) -> None:
@@ -174,7 +177,9 @@ def verify(
 
 @app.command()
 def ui(
-    host: Annotated[str, typer.Option(help="Address to listen on. The servers have no password: keep loopback.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. The servers have no password: keep loopback.")
+    ] = "127.0.0.1",
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow; the next free one if taken.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect; the next free one if taken.")] = 4200,
 ) -> None:
@@ -184,6 +189,7 @@ def ui(
         from flows.servers import Servers
 
         console.print("starting MLflow and Prefect ...")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends the servers too
         with Servers(place.settings, host, mlflow_port, prefect_port) as servers:
             console.print(f"MLflow   {servers.mlflow}/#/models?workflowType=machine_learning")
             console.print(f"Prefect  {servers.prefect}")

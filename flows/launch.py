@@ -1,4 +1,4 @@
-"""Launch: run a chain under somebody's eyes: check the store first, show progress, then tables, picture and next step."""
+"""Launch: run a chain under somebody's eyes, with progress, and at the end tables, a picture and the next step."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def _curves(axes: Any, outcome: Outcome) -> None:
     axes.plot(steps, single, color="black", linestyle=":", label="each task's own model")
     for line in outcome.lines:
         axes.plot(steps, [100 * step.summary.average for step in line.steps], marker="o", label=line.name)
-    axes.set_xticks(steps, [f"{number}: + {one.task.name}" for number, one in zip(steps, outcome.prepared, strict=True)])
+    axes.set_xticks(
+        steps, [f"{number}: + {one.task.name}" for number, one in zip(steps, outcome.prepared, strict=True)]
+    )
     axes.set_ylabel("average accuracy on the tasks so far, %")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)

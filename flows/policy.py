@@ -13,8 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import task_run
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from flows import progress
 from flows.workplace import here
@@ -26,7 +27,7 @@ from tasks.choice import Choice, plain
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref)
 
-RETRY_DELAYS = [1, 5, 20, 60]  # seconds; together longer than a service needs to restart
+RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds; together longer than a service needs to restart
 
 
 def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
@@ -97,8 +98,7 @@ def label() -> str:
 
 
 def _as_task(function: Callable[P, Any]) -> Task[P, Any]:
-    return task(
-        function,
+    decorate: Callable[[Callable[P, Any]], Task[P, Any]] = task(
         name=function.__name__.replace("_", "-"),
         cache_policy=NO_CACHE,
         persist_result=False,
@@ -106,6 +106,7 @@ def _as_task(function: Callable[P, Any]) -> Task[P, Any]:
         retry_delay_seconds=RETRY_DELAYS,
         retry_condition_fn=_worth_retrying,
     )
+    return decorate(function)
 
 
 def _worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:

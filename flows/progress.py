@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Protocol
 
 from prefect.exceptions import MissingContextError
@@ -47,10 +48,8 @@ class Log:
 
 
 def _log(text: str) -> None:
-    try:
+    with suppress(MissingContextError):  # a step called outside a run has no log to write to
         get_run_logger().info(text)
-    except MissingContextError:  # a step called outside a run, as in tests
-        pass
 
 
 _lock = threading.Lock()

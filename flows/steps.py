@@ -86,9 +86,7 @@ def register(
     experiment: str, line: str, entries: list[Entry], model: CheckpointRef, scores: ScoresRef, summary: Summary
 ) -> Any:
     place = here()
-    version = tasks.register.register(
-        experiment, line, entries, model, scores, summary, place.store, place.registry
-    )
+    version = tasks.register.register(experiment, line, entries, model, scores, summary, place.store, place.registry)
     return version if version.fresh else cached(version)
 
 

@@ -35,7 +35,10 @@ from storage.refs import KINDS, Kind, Ref, parse_ref, short
 
 Parts = dict[str, Tensor]
 
-_RESTORE = "Restore it from a copy of the store, or run the flow again to recompute it"
+_RESTORE = (
+    "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
+    "`deltaworks verify --all` lists, and run the flow again"
+)
 
 
 class Artifact:
@@ -195,9 +198,10 @@ class ArtifactStore:
 
     def read_parts(self, name: str, *, what: str) -> Parts:
         try:
-            return safetensors.torch.load(self.read_blob(name, what=what))
+            parts: Parts = safetensors.torch.load(self.read_blob(name, what=what))
         except SafetensorError as error:
             raise Damaged(f"blob/{name} ({what}) is not a safetensors file: {error}") from error
+        return parts
 
     def remember(self, key: str, ref: Ref, about: Mapping[str, Any]) -> None:
         """Note that the step with content key `key` gave `ref`. See `recall`."""
@@ -214,7 +218,8 @@ class ArtifactStore:
 
 def encode_parts(parts: Mapping[str, Tensor]) -> bytes:
     """The blob of one tensor's parts: a safetensors file without metadata, whose bytes depend on the parts alone."""
-    return safetensors.torch.save({key: part.detach().cpu().contiguous() for key, part in parts.items()})
+    data: bytes = safetensors.torch.save({key: part.detach().cpu().contiguous() for key, part in parts.items()})
+    return data
 
 
 def _decode_memo(data: bytes) -> Ref | None:

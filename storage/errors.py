@@ -1,13 +1,13 @@
 """Every error Deltaworks raises on purpose, grouped by what the person or program that catches it should do.
 
-    DeltaworksError
-    ├── Unavailable      try again later: the store, the registry or the network did not answer
-    ├── Missing          an object that should be there is not: restore it, or recompute what it came from
-    ├── Damaged          an object is there but is not what its name says: restore it, never use it
-    ├── InvalidInput     what was given cannot work: change it (also a ValueError)
-    │   └── Mismatch     two things that must fit do not: expected this, found that
-    ├── Conflict         somebody else was faster, or history says otherwise: look, then choose
-    └── StoreFull        no room to write: free some, then run again
+DeltaworksError
+├── Unavailable      try again later: the store, the registry or the network did not answer
+├── Missing          an object that should be there is not: restore it, or recompute what it came from
+├── Damaged          an object is there but is not what its name says: restore it, never use it
+├── InvalidInput     what was given cannot work: change it (also a ValueError)
+│   └── Mismatch     two things that must fit do not: expected this, found that
+├── Conflict         somebody else was faster, or history says otherwise: look, then choose
+└── StoreFull        no room to write: free some, then run again
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ class Line:
             number += 1
 
     def head(self) -> Entry:
-        newest = None
-        for newest in self.entries():
-            pass
+        """The newest entry."""
+        keys = list(self._objects.list(f"line/{self.name}/"))
+        newest = self._read(int(keys[-1].rpartition("/")[2])) if keys else None
         if newest is None:
             known = ", ".join(self.names(self._objects)) or "none yet"
             raise Missing(f"there is no line {self.name!r} in {self._objects.url}", remedy=f"Lines here: {known}")

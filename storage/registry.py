@@ -18,7 +18,6 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import mlflow
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -67,27 +66,29 @@ class Registry:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         with _mapped(tracking), self._first_start():
-            mlflow.set_tracking_uri(tracking)
             self._client = MlflowClient(tracking, registry_uri=tracking)
             self._client.search_experiments(max_results=1)
 
-    def register(self, experiment: str, key: str, step: Stage, stages: Sequence[Stage], source: str) -> ModelVersion:
+    def register(
+        self, experiment: str, key: str, step: Stage, stages: Sequence[Stage], source: str, description: str
+    ) -> ModelVersion:
         """Record one step of a line: a parent run, a child run per stage, and a version of model `step.name`.
 
-        `source` is the address of the weights in the store. If a version with this `key` exists, nothing is written.
+        `source` is the address of the weights in the store, `description` what people read first on the version's
+        page. If a version with this `key` exists, nothing is written.
         """
         with _mapped(self.tracking):
             found = self._find_version(step.name, key)
-            if found is None:
+            fresh = found is None
+            if fresh:
                 parent = self._run(experiment, f"{key}/step", step)
                 for stage in stages:
                     self._run(experiment, f"{key}/{stage.name}", stage, parent=parent)
                 tags = {**step.tags, _KEY: key, "model": step.ref}
                 self._ensure_model(step.name)
-                made = self._client.create_model_version(step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT))
-                found, fresh = made, True
-            else:
-                fresh = False
+                found = self._client.create_model_version(
+                    step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT), description=description
+                )
             version = ModelVersion(step.name, int(found.version), str(found.run_id), fresh)
             self._move_head(version)
             return version
@@ -215,4 +216,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _fit(values: Mapping[str, Any], limit: int) -> dict[str, str]:
-    return {name: text if len(text := str(value)) <= limit else f"{text[: limit - 1]}…" for name, value in values.items()}
+    return {
+        name: text if len(text := str(value)) <= limit else f"{text[: limit - 1]}…" for name, value in values.items()
+    }

@@ -113,7 +113,8 @@ def translate(error: Exception, *, what: str, bucket: str, endpoint: str) -> Del
     if isinstance(error, ClientError):
         code, status = _answer(error)
         kind, remedy = _BY_CODE.get(code) or _BY_STATUS.get(status) or _by_class(status)
-        said = f"{code} {error.response.get('Error', {}).get('Message', '')}".rstrip(" .")
+        message = error.response.get("Error", {}).get("Message") or ""  # some servers send none
+        said = f"{code or f'HTTP {status}'} {message}".rstrip(" .")
     else:
         kind, remedy = next((verdict for known, verdict in _BY_TYPE if isinstance(error, known)), (InvalidInput, _ASK))
         said = _without_login(str(error)).rstrip(" .") or type(error).__name__

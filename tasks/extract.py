@@ -45,9 +45,7 @@ def extract_update(base: CheckpointRef, tuned: CheckpointRef, spec: Extract, sto
         total += _extract_one(draft, before, after, name)
     for name in heads:
         record = after.record(name)
-        draft.add(
-            name, after.parts(name), role=f"{HEAD}{record.role}", dtype=record.dtype, shape=record.shape
-        )
+        draft.add(name, after.parts(name), role=f"{HEAD}{record.role}", dtype=record.dtype, shape=record.shape)
     draft.facts.update({"norm": total**0.5, "heads": heads, **_task(after)})
     return UpdateRef(draft.commit())
 
@@ -61,9 +59,7 @@ def _extract_one(draft: Draft, before: Artifact, after: Artifact, name: str) -> 
     """Add the delta of one tensor; returns its squared norm."""
     old, new = before.record(name), after.record(name)
     if new.rank is not None and new.onto == old.blob:
-        draft.add(
-            name, after.parts(name), role=old.role, dtype="F32", shape=old.shape, codec=new.codec, rank=new.rank
-        )
+        draft.add(name, after.parts(name), role=old.role, dtype="F32", shape=old.shape, codec=new.codec, rank=new.rank)
         return moments(lambda: [read_tensor(after, name).float() - read_tensor(before, name).float()]).squares
     base, tuned = read_tensor(before, name), read_tensor(after, name)
     if not base.is_floating_point():

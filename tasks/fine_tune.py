@@ -55,9 +55,7 @@ def fine_tune(
     return _store(source, backbone, tuner, Lineage("fine_tune", {"base": base}, spec), task, history, store)
 
 
-def train(
-    model: nn.Module, problem: Trainable, tuner: AnyTuner, device: str, report: Report
-) -> list[dict[str, float]]:
+def train(model: nn.Module, problem: Trainable, tuner: AnyTuner, device: str, report: Report) -> list[dict[str, float]]:
     """Run the schedule of `tuner` over what is trainable in `model`. Returns step and loss, ten times a run.
 
     The caller holds the global generator: see `fine_tune`.

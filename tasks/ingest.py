@@ -120,7 +120,8 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 def _read(folder: Path, files: dict[str, Path], skeleton: Skeleton, spec: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     def read(name: str) -> Tensor:
         with _opened(files[name]) as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     known = set(skeleton.slots) | set(skeleton.tied)
     refused = []

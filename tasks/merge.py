@@ -66,9 +66,7 @@ def fold_update(
     return StateRef(draft.commit())
 
 
-def materialize(
-    base: CheckpointRef, state: StateRef, store: ArtifactStore, device: str = "cpu"
-) -> CheckpointRef:
+def materialize(base: CheckpointRef, state: StateRef, store: ArtifactStore, device: str = "cpu") -> CheckpointRef:
     """Base plus the merged delta, as a checkpoint in the base's dtypes. Untouched tensors share the base's blobs."""
     root, merged = store.open(base, "checkpoint"), store.open(state, "state")
     check_base(merged, base, role="state")
@@ -85,9 +83,7 @@ def materialize(
             continue
         dense = read_tensor(root, record.name, device)
         tensor = (dense.to(delta.dtype) + delta).to(dense.dtype)
-        draft.add(
-            record.name, {"tensor": tensor}, role=record.role, dtype=dtype_name(tensor.dtype), shape=record.shape
-        )
+        draft.add(record.name, {"tensor": tensor}, role=record.role, dtype=dtype_name(tensor.dtype), shape=record.shape)
     draft.share_assets(root.manifest.assets)
     draft.facts.update({**root.manifest.facts, "merger": merger.name, "merged": int(merged.manifest.facts["count"])})
     return CheckpointRef(draft.commit())
@@ -110,7 +106,5 @@ def _open_state(
     before = store.open(state, "state")
     check_base(before, base, role="state")
     if canonical(dict(before.manifest.lineage.spec)) != canonical(merger.spec()):
-        raise Mismatch(
-            f"merger of {short(state)}", expected=merger.spec(), found=dict(before.manifest.lineage.spec)
-        )
+        raise Mismatch(f"merger of {short(state)}", expected=merger.spec(), found=dict(before.manifest.lineage.spec))
     return before

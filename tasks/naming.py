@@ -152,8 +152,9 @@ def _resolve(config_json: bytes, architecture: str | None) -> tuple[Any, type[Pr
                 f"architecture {wanted!r} is not a model class of transformers {transformers.__version__}",
                 remedy="Code from a checkpoint is never run; set `architecture` to a class that transformers has",
             )
-        if not isinstance(config, model_class.config_class):  # the vision tower of a CLIP checkpoint, for instance
-            config = model_class.config_class.from_pretrained(folder)
+        config_class: Any = model_class.config_class  # type: ignore[attr-defined]
+        if not isinstance(config, config_class):  # the vision tower of a CLIP checkpoint, for instance
+            config = config_class.from_pretrained(folder)
     config.architectures = [wanted]
     return config, model_class
 

@@ -52,13 +52,23 @@ def register(
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries)
-    return registry.register(experiment, key, step, stages, store.address(model))
+    return registry.register(experiment, key, step, stages, store.address(model), _describe(entries, summary))
 
 
 def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry]) -> str:
     """The content key of a registered step: the line, its store, and the state that was reached."""
     entry = entries[-1]
     return digest(canonical([store.url, line, entry.number, entry.state]))
+
+
+def _describe(entries: Sequence[Entry], summary: Summary) -> str:
+    """The sentence that opens the page of a version."""
+    forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
+    merged = " + ".join(entry.task for entry in entries)
+    return (
+        f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
+        f"worst task {100 * summary.worst:.1f} %{forgot}"
+    )
 
 
 def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef) -> list[Stage]:

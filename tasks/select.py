@@ -21,13 +21,17 @@ _DIGIT = 16
 def kth_magnitude(stream: Stream, k: int) -> float:
     """The k-th smallest (from 1) of |x| over all elements of the stream, exactly, as `torch.kthvalue` would give it.
 
-    All tensors must have one floating dtype, float32 or float64.
+    Tensors are float32 or float64. Where both occur, all are compared as float64, which changes no value.
     """
     width, prefix, below = 0, 0, 0
+    dtype: torch.dtype | None = None
     while True:
         counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
         bits = _DIGIT
         for tensor in stream():
+            dtype = dtype or tensor.dtype
+            if tensor.dtype != dtype:
+                return kth_magnitude(lambda: (one.double() for one in stream()), k)
             view = torch.int64 if tensor.dtype == torch.float64 else torch.int32
             bits = 64 if tensor.dtype == torch.float64 else 32
             magnitude = tensor.abs().flatten().view(view)

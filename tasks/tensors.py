@@ -61,9 +61,7 @@ def decode_factors(record: TensorRecord, parts: Parts) -> tuple[Tensor, Tensor]:
     assert record.rank is not None
     rows, columns = record.shape
     shapes = {"B": (rows, record.rank), "A": (record.rank, columns)}
-    found = {
-        factor: decode_parts(record.codec, unprefixed(parts, factor), shape) for factor, shape in shapes.items()
-    }
+    found = {factor: decode_parts(record.codec, unprefixed(parts, factor), shape) for factor, shape in shapes.items()}
     return found["B"], found["A"]
 
 

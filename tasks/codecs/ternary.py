@@ -107,8 +107,9 @@ def _write_gaps(positions: NDArray[np.int64]) -> Bytes:
 
 def _read_gaps(stream: Bytes) -> NDArray[np.int64]:
     """The inverse: running skips at the bytes that end a gap, plus the positions passed before it."""
-    skipped = np.cumsum(stream, dtype=np.int64)[stream != _FULL]
-    return skipped + np.arange(skipped.size)
+    skipped: NDArray[np.int64] = np.cumsum(stream, dtype=np.int64)[stream != _FULL]
+    skipped += np.arange(skipped.size)
+    return skipped
 
 
 def _squeeze(stream: Bytes) -> Bytes:

@@ -95,4 +95,5 @@ class Opcm(Choice):
         removed_KK[:r, :r] = coefficient_KK[:r, :r]
         index = torch.arange(r, rank, device=s_K.device)
         removed_KK[index, index] = coefficient_KK[index, index]
-        return tau_RC - U_RK @ removed_KK @ Vh_KC
+        kept_RC: Tensor = tau_RC - U_RK @ removed_KK @ Vh_KC
+        return kept_RC

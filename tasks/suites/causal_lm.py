@@ -22,6 +22,8 @@ from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score
 
 IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
+# some chat templates write the day into the prompt; a task has no clock, so it is always the same day
+_NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 _SHOWN = 60  # characters of a text that an error quotes
 
 
@@ -189,8 +191,9 @@ class CausalLmProblem:
                 "the base's tokenizer has no chat template, but `messages` are chats",
                 remedy="Use the instruction-tuned variant of the base, or prompt and answer columns",
             )
-        before = self._tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self._tokenizer.apply_chat_template(chat, tokenize=False)
+        settings = {"tokenize": False, "chat_template": _NO_CLOCK + self._tokenizer.get_chat_template()}
+        before = self._tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **settings)
+        whole = self._tokenizer.apply_chat_template(chat, **settings)
         if not whole.startswith(before):
             raise InvalidInput(
                 "the base's chat template writes a prompt otherwise once it is answered, so that the answer's tokens "

@@ -149,7 +149,7 @@ def test_chats_train_the_last_message(llama: CheckpointRef, sums: Parquet, store
     problem = opened(CausalLm(sums, messages="chat"), store, llama)
     chat = [{"role": "user", "content": "1 plus 2"}, {"role": "assistant", "content": "is 3"}]
     batch = problem.collate([{"chat": chat}])
-    prompt = [BOS, *ids("user 1 plus 2 assistant")]
+    prompt = [BOS, *ids("26 Jul 2024 user 1 plus 2 assistant")]  # the same day on every day
     # the template writes both special tokens itself, and neither is written twice
     assert batch["input_ids"].tolist() == [[*prompt, *ids("is 3"), EOS]]
     assert batch["labels"].tolist() == [[IGNORED] * len(prompt) + [*ids("is 3"), EOS]]

@@ -1,4 +1,4 @@
-"""Data sources: the rows they give, what their fingerprints depend on, and what they say about bad files."""
+"""Parquet and hub data: the rows they give, what their fingerprints depend on, and what they say about bad files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from storage.errors import InvalidInput, Mismatch, Unavailable
-from tasks.data import Digits, Hub, Parquet
-from tasks.data.digits import VIEWS
-
-torch.set_num_threads(1)
+from tasks.data import Hub, Parquet
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +157,7 @@ def test_hub_reads_a_folder(tmp_path: Path) -> None:
     assert list(spec.rows("train")) == [{"text": f"row {n}", "label": n} for n in range(3)]
     assert [row["label"] for row in Hub(repo=spec.repo).rows("test")] == [20, 21, 22, 23, 24]
     assert [row["label"] for row in Hub(repo=spec.repo, test_split="train[90%:]").rows("test")] == [18, 19]
+    assert len(Hub(repo=spec.repo, train_split="train+test").rows("train")) == 25
 
 
 @pytest.mark.usefixtures("hub_cache")
@@ -242,52 +239,3 @@ def test_hub_without_network_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(Unavailable, match="cannot read data set 'deltaworks/no-such-data'"):
         Hub(repo="deltaworks/no-such-data").rows("test")
-
-
-# -- Digits
-
-
-def scans(view: Any, split: Any = "test") -> torch.Tensor:
-    return torch.stack([row["pixel_values"][0] for row in Digits(view=view).rows(split)])
-
-
-def test_digits_split_is_fixed_and_disjoint() -> None:
-    train, test = scans("id", "train"), scans("id")
-    assert (len(train), len(test)) == (1078, 719)
-    assert sorted({row["label"] for row in Digits().rows("test")}) == list(range(10))
-    seen = {image.numpy().tobytes() for image in train}
-    # scikit-learn's set holds no scan twice, so a shared one would be a leak
-    assert not seen & {image.numpy().tobytes() for image in test}
-    assert len(seen) == len(train)
-
-
-@pytest.mark.parametrize("view", ["rot90", "rot180", "transpose", "roll", "permute"])
-def test_digits_views_move_every_pixel_of_the_same_scan(view: Any) -> None:
-    plain, shown = scans("id").flatten(1), scans(view).flatten(1)
-    order = _order(plain, shown)
-    assert sorted(order.tolist()) == list(range(64))
-    assert order.tolist() != list(range(64))
-    assert torch.equal(shown, plain[:, order])
-
-
-def _order(plain: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Which pixel of `plain` each of `shown` is, over all scans; of those that are alike, the first free."""
-    free = list(range(64))
-    found = []
-    for column in shown.T:
-        place = next(n for n in free if torch.equal(plain[:, n], column))
-        free.remove(place)
-        found.append(place)
-    return torch.tensor(found)
-
-
-def test_digits_invert_and_mixed() -> None:
-    assert torch.equal(scans("invert"), -scans("id"))
-    assert torch.equal(scans("mixed"), torch.cat([scans(view) for view in VIEWS]))
-    labels = [row["label"] for row in Digits().rows("test")]
-    assert [row["label"] for row in Digits(view="mixed").rows("test")] == labels * 7
-
-
-def test_digits_fingerprint_follows_the_split() -> None:
-    assert Digits(view="roll").fingerprint() == Digits(view="id").fingerprint()  # the view is in the spec
-    assert Digits(seed=1).fingerprint() != Digits().fingerprint()

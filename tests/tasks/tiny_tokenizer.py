@@ -21,12 +21,16 @@ WORDS = [
     "dog",
     "red",
     "blue",
+    "26",
+    "Jul",
+    "2024",
 ]
 IDS = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
 BOS, EOS = 0, 1
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}</s>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    # writes the day, as Llama's does
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.role }} {{ m.content }} "
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 
 

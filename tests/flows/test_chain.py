@@ -1,0 +1,245 @@
+"""The chain under a real Prefect server, with MLflow on SQLite and a store on disk and on S3."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from mlflow.tracking import MlflowClient
+from transformers import AutoModel
+
+from configs.chain import ChainConfig, load_chain
+from flows import progress, steps
+from flows.chain import Outcome, chain
+from flows.workplace import here
+from storage.errors import Conflict, Missing
+from storage.lines import Line
+from storage.refs import Ref, UpdateRef
+from storage.verify import verify
+from tasks.codecs import Ternary
+from tasks.evaluate import leading
+from tasks.export import export
+from tasks.mergers import Average, Opcm
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+class Count:
+    """A watcher that counts."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.reused_labels: list[str] = []
+        self.waits: list[str] = []
+
+    def started(self, label: str) -> None:
+        pass
+
+    def advanced(self, label: str, done: int, total: int, note: str) -> None:
+        pass
+
+    def finished(self, label: str) -> None:
+        self.labels.append(label)
+
+    def reused(self, label: str) -> None:
+        self.reused_labels.append(label)
+
+    def waiting(self, label: str, why: str) -> None:
+        self.waits.append(why)
+
+
+@pytest.fixture
+def count() -> Count:
+    watcher = Count()
+    progress.watch(watcher)
+    return watcher
+
+
+def short_chain() -> ChainConfig:
+    """Two tasks into one line."""
+    config = load_chain("smoke")
+    return replace(config, tasks=config.tasks[:2], lines=config.lines[:1])
+
+
+def refs(outcome: Outcome) -> list[str]:
+    return [ref for line in outcome.lines for step in line.steps for ref in (step.entry.state, step.model, step.scores)]
+
+
+@pytest.mark.usefixtures("home")
+def test_chain_runs_once_and_then_finds_everything_done(count: Count, tmp_path: Path) -> None:
+    config = load_chain("smoke")
+    first = chain(config)
+    assert len(first.prepared) == 3
+    assert [len(line.steps) for line in first.lines] == [3, 3]
+    assert count.labels and not count.reused_labels
+
+    done = len(count.labels)
+    second = chain(config)
+    assert len(count.labels) == done, f"done again: {count.labels[done:]}"
+    # commits of a journal are no step of a second run, because the entries are there
+    assert len(count.reused_labels) == done - sum("commit" in label for label in count.labels)
+    assert refs(second) == refs(first)
+    assert [line.last.version.version for line in second.lines] == [3, 3]
+
+    store = here().store
+    assert not verify(store, store.refs()).findings
+    folder = tmp_path / "model"
+    export(first.best.last.model, folder, store)
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_registry_tells_where_a_version_comes_from() -> None:
+    config = short_chain()
+    outcome = chain(config)
+    place = here()
+    client = MlflowClient(place.settings.tracking)
+    last = outcome.lines[0].last
+    version = client.get_model_version_by_alias(config.lines[0].name, "head")
+    assert int(version.version) == last.version.version == 2
+    assert version.source == place.store.address(last.model)
+    assert version.tags["base"] == outcome.base
+    assert version.tags["state"] == last.entry.state
+    assert version.tags["parent_version"] == "1"
+    assert version.tags["update"] == outcome.prepared[-1].update
+    assert '"name":"opcm"' in version.tags["merger"]
+
+    experiment = client.get_experiment_by_name(config.name)
+    parent = client.get_run(version.run_id)
+    assert parent.data.metrics["average"] == pytest.approx(last.summary.average)
+    children = client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{version.run_id}'", max_results=20
+    )
+    stages = {run.data.tags["stage"] for run in children}
+    assert stages == {"fine_tune", "extract", "compress", "fold", "materialize", "evaluate"}
+    scores = next(run for run in children if run.data.tags["stage"] == "evaluate")
+    assert scores.data.metrics == pytest.approx(leading(place.store.open(last.scores)))
+    tuned = next(run for run in children if run.data.tags["stage"] == "fine_tune")
+    assert len(client.get_metric_history(tuned.info.run_id, "training_loss")) > 3
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_two_homes_give_the_same_refs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here_refs = refs(chain(short_chain()))
+    monkeypatch.setenv("DELTAWORKS_HOME", str(tmp_path / "elsewhere"))
+    assert refs(chain(short_chain())) == here_refs
+
+
+@pytest.mark.usefixtures("home")
+def test_a_new_task_extends_the_line(count: Count) -> None:
+    config = load_chain("smoke")
+    chain(replace(config, tasks=config.tasks[:2]))
+    done = len(count.labels)
+    longer = chain(config)
+    new = count.labels[done:]
+    assert {label.rsplit(" ", 1)[-1] for label in new if "alone" not in label and "base" not in label} == {"permute"}
+    line = Line(here().store.objects, config.lines[0].name)
+    assert [entry.task for entry in line.history()] == ["rot90", "invert", "permute"]
+    assert longer.lines[0].last.version.version == 3
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_a_line_does_not_change_its_history() -> None:
+    config = short_chain()
+    chain(config)
+    with pytest.raises(Conflict, match="already holds 'rot90'"):
+        chain(replace(config, tasks=config.tasks[::-1]))
+    other = replace(config, lines=(replace(config.lines[0], merger=Opcm(alpha=0.25)),))
+    with pytest.raises(Conflict, match="opened with merger"):
+        chain(other)
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_a_rolled_back_line_goes_on_from_there() -> None:
+    config = short_chain()
+    outcome = chain(config)
+    line = Line(here().store.objects, config.lines[0].name)
+    line.rollback(line.history()[0], why="invert made it worse")
+    again = chain(config)
+    actions = [entry.action for entry in line.entries()]
+    assert actions == ["open", "fold", "fold", "rollback", "fold"]
+    assert again.lines[0].last.entry.state == outcome.lines[0].last.entry.state
+
+
+@pytest.mark.usefixtures("count")
+def test_chain_on_s3(s3_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk = refs(chain(short_chain()))
+    monkeypatch.setenv("DELTAWORKS_STORE", s3_url)
+    assert refs(chain(short_chain())) == on_disk
+    store = here().store
+    assert store.url.startswith("s3://")
+    assert not verify(store, store.refs()).findings
+
+
+@pytest.mark.usefixtures("home")
+def test_wrong_input_is_not_retried(count: Count) -> None:
+    config = short_chain()
+    base = chain(config).base
+    state = steps.fold(base, None, UpdateRef(Ref(f"update/{'0' * 64}")), Average(), return_state=True)
+    assert state.is_failed()
+    assert count.waits == []
+    with pytest.raises(Missing, match="update/0000"):
+        state.result()
+
+
+@pytest.mark.usefixtures("home")
+def test_an_unavailable_store_is_retried(s3_url: str, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint is dead when the step begins, and comes back while it is being retried."""
+    config = short_chain()
+    monkeypatch.setenv("DELTAWORKS_STORE", s3_url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    update = chain(config).prepared[0].update
+    with Relay(os.environ["AWS_ENDPOINT_URL"]) as relay:
+        # another prefix of the address opens another client, through the relay that is still closed
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)
+        monkeypatch.setenv("DELTAWORKS_STORE", f"{s3_url}/")
+        threading.Timer(2.0, relay.open).start()
+        again = steps.compress(update, Ternary(density=0.1))
+    assert again != update
+    assert count.waits
+
+
+class Relay:
+    """Forwards a local port to a server, once it is opened; until then connections are refused."""
+
+    def __init__(self, target: str) -> None:
+        address = urlparse(target)
+        self._target = (address.hostname or "", address.port or 80)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._port = self._socket.getsockname()[1]
+        self._socket.close()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def open(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", self._port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._socket.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
