@@ -76,7 +76,7 @@ class Outcome:
 def chain(config: ChainConfig) -> Outcome:
     """Base; for each task fine-tune, extract and compress; then fold one by one, evaluating after every step."""
     base = _run(steps.base_step(config.base), f"base {config.base.name}", config.base)
-    base_scores = _run(steps.evaluate, "evaluate base", base, list(config.tasks))
+    base_scores = _run(steps.evaluate, "evaluate base", base, list(config.tasks), base)
     prepared = _prepare(config, base)
     lines = [_grow(config, line, base, prepared) for line in config.lines]
     return Outcome(base, base_scores, prepared, lines)
@@ -93,7 +93,7 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
             tuned = step.submit(base, task.name, task.suite, config.tuner_of(task))
         update = _named(steps.extract, f"extract {task.name}").submit(base, tuned, config.extract)
         small = _named(steps.compress, f"compress {task.name}").submit(update, config.codec)
-        alone = _named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task])
+        alone = _named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task], base)
         submitted.append((task, {"tuned": tuned, "alone": alone, "update": small}))
     return [Prepared(task, **{name: one.result() for name, one in futures.items()}) for task, futures in submitted]
 
@@ -119,7 +119,7 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
             entries.append(_run(steps.commit, label, line.name, newest, name, one.update, state))
         model = _run(steps.materialize, f"{line.name}: write {name}", base, state)
         seen = [task.task for task in prepared[: number + 1]]
-        scores = _run(steps.evaluate, f"{line.name}: evaluate {name}", model, seen)
+        scores = _run(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, base)
         matrix.append(leading(here().store.open(scores)))
         summary = summarise(matrix, alone)
         so_far = entries[: number + 1]

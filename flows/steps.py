@@ -72,8 +72,8 @@ def materialize(base: CheckpointRef, state: StateRef) -> CheckpointRef:
 
 
 @once(version=1)
-def evaluate(model: CheckpointRef, seen: list[Task]) -> ScoresRef:
-    return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report())
+def evaluate(model: CheckpointRef, seen: list[Task], base: CheckpointRef) -> ScoresRef:
+    return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 
 
 @always

@@ -95,11 +95,13 @@ class Line:
     def history(self) -> list[Entry]:
         """The folds that made the head's state, oldest first: the journal with rolled-back entries taken out."""
         kept: list[Entry] = []
+        made: dict[StateRef | None, list[Entry]] = {None: kept}  # a rollback may also go back to what was rolled back
         for entry in self.entries():
             if entry.action == "fold":
-                kept.append(entry)
+                kept = [*kept, entry]
+                made[entry.state] = kept
             elif entry.action == "rollback":
-                kept = kept[: entry.step]
+                kept = made[entry.state]
         return kept
 
     def _commit(self, entry: Entry) -> Entry:

@@ -31,8 +31,9 @@ def export(
 
     The folder must be new or empty. It appears whole or not at all. Peak memory is one shard. Returns the files.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise InvalidInput(f"{folder} is not empty", remedy="Name a new folder; nothing is overwritten")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "not a folder"
+        raise InvalidInput(f"{folder} is {what}", remedy="Name a new folder; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

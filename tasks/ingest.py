@@ -120,7 +120,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 def _read(folder: Path, files: dict[str, Path], skeleton: Skeleton, spec: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     def read(name: str) -> Tensor:
         with _opened(files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise InvalidInput(f"{files[name]} does not hold {name!r}, as the shard index says") from error
             return tensor
 
     known = set(skeleton.slots) | set(skeleton.tied)

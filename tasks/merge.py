@@ -13,7 +13,7 @@ from storage.manifest import Lineage, canonical
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 from tasks.extract import HEAD
 from tasks.mergers import MERGERS, AnyMerger, Target
-from tasks.tensors import check_base, decode_record, dtype_name, read_tensor
+from tasks.tensors import check_base, decode_record, dtype_name, read_tensor, wide
 
 
 def fold_update(
@@ -82,7 +82,7 @@ def materialize(base: CheckpointRef, state: StateRef, store: ArtifactStore, devi
             draft.share(record)
             continue
         dense = read_tensor(root, record.name, device)
-        tensor = (dense.to(delta.dtype) + delta).to(dense.dtype)
+        tensor = (dense.to(wide(dense, delta)) + delta).to(dense.dtype)
         draft.add(record.name, {"tensor": tensor}, role=record.role, dtype=dtype_name(tensor.dtype), shape=record.shape)
     draft.share_assets(root.manifest.assets)
     draft.facts.update({**root.manifest.facts, "merger": merger.name, "merged": int(merged.manifest.facts["count"])})

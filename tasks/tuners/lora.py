@@ -58,4 +58,7 @@ class Lora(Training):
         for path, module in backbone.named_modules():
             if isinstance(module, LoraLayer):
                 B = module.lora_B[_ADAPTER].weight.detach() * module.scaling[_ADAPTER]
-                yield skeleton.canonical(f"{path}.weight"), Factors(B, module.lora_A[_ADAPTER].weight.detach())
+                A = module.lora_A[_ADAPTER].weight.detach()
+                # Conv1D (GPT-2) holds its weight transposed, so what is added to it is (B A)^T
+                transposed = getattr(module, "fan_in_fan_out", False)
+                yield skeleton.canonical(f"{path}.weight"), Factors(A.T, B.T) if transposed else Factors(B, A)

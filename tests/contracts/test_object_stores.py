@@ -50,7 +50,7 @@ BAD_KEYS = [
 @pytest.fixture(params=["memory", "directory", "s3"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """An empty store of each backend, opened by its address as a user would."""
-    address = {
+    address: dict[str, Callable[[], str]] = {
         "memory": lambda: "memory:",
         "directory": lambda: (tmp_path / "a store with spaces").as_uri(),
         "s3": lambda: request.getfixturevalue("s3_url"),
@@ -240,7 +240,7 @@ class MemoryModel(StoreModel):
 
 
 class DirectoryModel(StoreModel):
-    def make(self) -> ObjectStore:  # type: ignore[override]
+    def make(self) -> ObjectStore:
         self.folder = TemporaryDirectory()
         return DirectoryObjects(Path(self.folder.name))
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SCRIPT = Path(__file__).parents[2] / "infra" / "s3-server"
@@ -34,6 +34,11 @@ def running_s3_server() -> Iterator[dict[str, str]]:
         folder, port = f"{parent}/server", free_port()
         try:
             _run("start", folder, str(port))
+        except ServerNotStarted:
+            with suppress(ServerNotStarted):  # why it did not start is the news, not that there is little to stop
+                _run("stop", folder)
+            raise
+        try:
             yield {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
                 "AWS_ACCESS_KEY_ID": "deltaworks",  # fixed in infra/s3-server

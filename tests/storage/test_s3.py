@@ -306,7 +306,7 @@ URL = {"endpoint_url": "http://s3.example"}
         (raised.ConnectTimeoutError(**URL), Unavailable),
         (raised.ReadTimeoutError(**URL), Unavailable),
         (raised.ConnectionClosedError(**URL), Unavailable),
-        (raised.SSLError(**URL, error="self-signed"), Unavailable),
+        (raised.SSLError(**URL, error=OSError("self-signed")), Unavailable),
         (raised.ProxyConnectionError(proxy_url="http://proxy.example"), Unavailable),
         (raised.HTTPClientError(error="?"), Unavailable),
         (raised.ResponseStreamingError(error="reset"), Unavailable),

@@ -140,7 +140,7 @@ class TestHeads:
     def test_backbone_names_are_shared(
         self, pair: tuple[CheckpointRef, CheckpointRef], store: ArtifactStore, tmp_path: Path
     ) -> None:
-        backbone = tiny_model("BertForMaskedLM").bert
+        backbone = tiny_model("BertForSequenceClassification").bert
         names = set(store.open(ingested(backbone, tmp_path / "backbone", store)).names)
         assert names == set(backbone.state_dict())
         base, tuned = (set(store.open(ref).names) for ref in pair)
