@@ -145,5 +145,5 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
             facts=found["facts"],
             assets={name: Asset(**asset) for name, asset in found["assets"].items()},
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, InvalidInput) as error:
         raise Damaged(f"{source} is not a manifest: {error!r}", remedy="Restore it from a copy of the store") from error

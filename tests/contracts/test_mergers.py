@@ -21,9 +21,7 @@ State = tuple[dict[str, Parts], Mapping[str, float]]
 Update = dict[str, Tensor]
 
 
-def fold(
-    merger: Merger, state: State | None, update: Update, role: Callable[[str, Tensor], str] = role_of
-) -> State:
+def fold(merger: Merger, state: State | None, update: Update, role: Callable[[str, Tensor], str] = role_of) -> State:
     """What `fold_update` does, without a store."""
     survey = merger.survey(lambda: update.values())
     before, facts = state if state is not None else ({}, {})

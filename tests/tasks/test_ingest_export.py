@@ -65,7 +65,9 @@ class TestForms:
         export(ref, tmp_path / "out", store)
         loads_as(tmp_path / "out", model)
         assert read(tmp_path / "out", store) == ref
-        assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(tmp_path / "in/model.safetensors").keys()
+        assert (
+            load_file(tmp_path / "out/model.safetensors").keys() == load_file(tmp_path / "in/model.safetensors").keys()
+        )
 
     def test_names_in_memory_give_the_same_ref(
         self, model: PreTrainedModel, store: ArtifactStore, tmp_path: Path
@@ -148,9 +150,7 @@ class TestHeads:
         assert base & tuned == names - pooler
         assert tuned - base == pooler | {"classifier.weight", "classifier.bias"}
 
-    def test_heads_are_refused_by_name(
-        self, pair: tuple[CheckpointRef, CheckpointRef], store: ArtifactStore
-    ) -> None:
+    def test_heads_are_refused_by_name(self, pair: tuple[CheckpointRef, CheckpointRef], store: ArtifactStore) -> None:
         with pytest.raises(Mismatch, match=r"cls\.predictions\.bias.*classifier\.bias"):
             extract_update(*pair, Extract(), store)
         assert list(store.refs("update")) == []
@@ -220,7 +220,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "numbers cut off": (lambda folder: cut(folder / "model.safetensors", 0.9), "not a readable safetensors"),
     "empty file": (lambda folder: cut(folder / "model.safetensors", 0), "not a readable safetensors"),
     "NaN": (lambda folder: edit_weights(folder, lambda w: w[WORD][3, 4].fill_(torch.nan)), r"word_embeddings.*1 NaN"),
-    "infinity": (lambda folder: edit_weights(folder, lambda w: w[WORD][3].fill_(torch.inf)), r"word_embeddings.*32 NaN"),
+    "infinity": (
+        lambda folder: edit_weights(folder, lambda w: w[WORD][3].fill_(torch.inf)),
+        r"word_embeddings.*32 NaN",
+    ),
     "unknown architecture": (lambda folder: edit_config(folder, architectures=["NoSuchModel"]), "NoSuchModel"),
     "no model class": (lambda folder: edit_config(folder, architectures=["AutoTokenizer"]), "AutoTokenizer"),
     "no architecture": (lambda folder: edit_config(folder, architectures=None), "names no architecture"),

@@ -1,0 +1,181 @@
+"""The command as a person meets it: what it prints, what it returns, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from transformers import AutoModel
+
+from configs.chain import PRESETS
+from storage.objects import DirectoryObjects
+
+COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
+
+
+def deltaworks(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env={**os.environ, "DELTAWORKS_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the smoke chain has run."""
+    home = tmp_path_factory.mktemp("grown")
+    found = deltaworks(home, "run", "smoke")
+    assert found.returncode == 0, found.stderr
+    assert "the merged models" in found.stdout
+    assert "times smaller than the model in bfloat16" in found.stdout
+    assert "best: smoke-" in found.stdout
+    assert "next: deltaworks export" in found.stdout
+    assert (home / "pictures" / "smoke.png").stat().st_size > 10_000
+    return home
+
+
+@pytest.fixture
+def home(grown: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of it, to be damaged at will."""
+    shutil.copytree(grown, tmp_path / "home")
+    yield tmp_path / "home"
+
+
+def test_help_teaches() -> None:
+    start = time.monotonic()
+    found = deltaworks(Path(), "--help")
+    assert found.returncode == 0
+    for word in ("run", "line", "show", "export", "verify", "ui", "deltaworks run demo", "DELTAWORKS_STORE"):
+        assert word in found.stdout
+    assert time.monotonic() - start < 10, "help must not wait for heavy imports"
+
+
+def test_quiet_says_only_the_result(grown: Path) -> None:
+    found = deltaworks(grown, "run", "smoke", "--quiet")
+    assert found.returncode == 0
+    assert found.stderr == ""
+    lines = found.stdout.strip().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("nothing to do")
+    assert lines[1].startswith("best: ")
+
+
+def test_line_and_show(grown: Path) -> None:
+    log = deltaworks(grown, "line", "log", "smoke-opcm").stdout
+    assert [task for task in ("rot90", "invert", "permute") if task in log] == ["rot90", "invert", "permute"]
+    shown = deltaworks(grown, "line", "show", "smoke-opcm").stdout
+    update = next(word for word in shown.split() if word.startswith("update/"))
+    about = deltaworks(grown, "show", update[:20]).stdout
+    assert update in about
+    assert "made by compress" in about
+    assert "ternary@1" in about
+
+
+def test_export_loads_in_transformers(grown: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert deltaworks(grown, "export", "smoke-opcm", str(folder)).returncode == 0
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    again = deltaworks(grown, "export", "smoke-opcm", str(folder))
+    assert again.returncode == 1
+    assert "not empty" in again.stderr
+
+
+def test_verify_names_the_changed_blob(home: Path) -> None:
+    assert deltaworks(home, "verify", "--all").returncode == 0
+    objects = DirectoryObjects(home / "store")
+    key = sorted(objects.list("blob/"), key=lambda one: -(objects.size(one) or 0))[0]
+    path = home / "store" / key
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    found = deltaworks(home, "verify", "--all")
+    assert found.returncode == 1
+    assert key in found.stderr
+    assert "needed by" in found.stderr
+
+
+def test_truncated_blob_stops_a_run_with_one_message(home: Path) -> None:
+    objects = DirectoryObjects(home / "store")
+    for key in [*objects.list("memo/"), *objects.list("checkpoint/")]:
+        (home / "store" / key).unlink()  # so that the chain has to read its updates again
+    for key in objects.list("blob/"):
+        path = home / "store" / key
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = deltaworks(home, "run", "smoke")
+    assert found.returncode == 1
+    assert "is damaged" in found.stderr or "is not in" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": []}, "tasks is empty"),
+        ({"lines": [{"name": "x", "merger": {"name": "opmc"}}]}, "did you mean opcm"),
+        ({"codec": {"name": "ternary", "densty": 0.1}}, "did you mean density"),
+        ({"base": {"name": "checkpoint", "source": "/no/such/folder"}}, "neither a folder nor a hub id"),
+    ],
+)
+def test_wrong_configs_are_explained(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    values = {**yaml.safe_load((PRESETS / "smoke.yaml").read_text()), **change}
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump(values))
+    found = deltaworks(tmp_path / "home", "run", str(path))
+    assert found.returncode == 1
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not list((tmp_path / "home").rglob("checkpoint/*"))
+
+
+def test_unreachable_endpoint_is_one_message(tmp_path: Path) -> None:
+    found = deltaworks(
+        tmp_path,
+        "run",
+        "smoke",
+        DELTAWORKS_STORE="s3://bucket/prefix",
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ACCESS_KEY_ID="someone",
+        AWS_SECRET_ACCESS_KEY="a-secret-that-stays-secret",
+    )
+    assert found.returncode == 1
+    assert "127.0.0.1:9" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert "a-secret-that-stays-secret" not in found.stdout + found.stderr
+
+
+def test_ui_answers_on_loopback(grown: Path) -> None:
+    child = subprocess.Popen(
+        [*COMMAND, "ui", "--mlflow-port", "5811", "--prefect-port", "4811"],
+        env={**os.environ, "DELTAWORKS_HOME": str(grown), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        addresses = {}
+        for text in child.stdout:
+            name, _, address = text.strip().partition(" ")
+            addresses[name] = address.strip()
+            if name == "Ctrl-C":
+                break
+        assert addresses["MLflow"].startswith("http://127.0.0.1:")
+        with urlopen(addresses["MLflow"].split("#")[0], timeout=10) as answer:
+            assert answer.status == 200
+        with urlopen(f"{addresses['Prefect']}/api/health", timeout=10) as answer:
+            assert answer.read() == b"true"
+    finally:
+        child.terminate()
+        assert child.wait(timeout=30) == 0
