@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
@@ -9,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 class Board:
     """Counts the steps of a run, and shows those under way. Use as a context manager."""
 
-    def __init__(self, console: Console, quiet: bool) -> None:
+    def __init__(self, console: Console, quiet: bool, total: int) -> None:
         self.done = 0
         self.reused_steps = 0
         self.retries = 0
@@ -26,6 +29,7 @@ class Board:
             TimeElapsedColumn(),
         )
         self._progress = Progress(*columns, console=console, transient=True, disable=not self._bars)
+        self._all = self._progress.add_task("[bold]all steps", total=total, note="")
 
     def __enter__(self) -> Board:
         self._progress.start()
@@ -45,9 +49,7 @@ class Board:
     def finished(self, label: str) -> None:
         self.done += 1
         self._close(label)
-        if self._bars:
-            self._progress.console.print(f"[green]✓[/] {label}", highlight=False)
-        elif self._lines:
+        if self._lines:
             self._console.print(f"done: {label}", highlight=False)
 
     def reused(self, label: str) -> None:
@@ -60,5 +62,14 @@ class Board:
             self._console.print(f"[yellow]trying again:[/] {label}: {why}", highlight=False)
 
     def _close(self, label: str) -> None:
+        self._progress.advance(self._all)
         if label in self._rows:
             self._progress.remove_task(self._rows.pop(label))
+
+
+@contextmanager
+def bar(console: Console, label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work outside flows, on terminals only."""
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as shown:
+        row = shown.add_task(label, total=None)
+        yield lambda done, total: shown.update(row, completed=done, total=total)

@@ -82,6 +82,13 @@ def chain(config: ChainConfig) -> Outcome:
     return Outcome(base, base_scores, prepared, lines)
 
 
+def count_steps(config: ChainConfig) -> int:
+    """How many steps a first run of the chain has, for its progress bar."""
+    per_task = 4  # tune, extract, compress, evaluate alone
+    per_merge = 5  # merge, commit, write, evaluate, register
+    return 2 + len(config.tasks) * (per_task + per_merge * len(config.lines))
+
+
 def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
     """Every task's update. Tasks do not depend on each other, so they are all submitted before the first is awaited."""
     submitted: list[tuple[Task, dict[str, PrefectFuture[Any]]]] = []

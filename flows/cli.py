@@ -91,7 +91,7 @@ def run(
 def line_log(name: Annotated[str, typer.Argument(help="Name of the line, such as demo-opcm.")]) -> None:
     """Print the journal of a line: every merge and rollback, oldest first."""
     with _errors_explained():
-        from flows.report import journal_table
+        from flows.tables import journal_table
         from storage.lines import Line
 
         line = Line(_open_workplace().store.objects, name)
@@ -118,7 +118,7 @@ def line_show(name: Annotated[str, typer.Argument(help="Name of the line, such a
 def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one: update/1b2c3d")]) -> None:
     """Print an artifact: what it is made of, where it came from, what it costs."""
     with _errors_explained():
-        from flows.report import show_artifact
+        from flows.tables import show_artifact
 
         store = _open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
@@ -136,7 +136,7 @@ def export(
     """Write a model as a Hugging Face folder: config, tokenizer, safetensors. `from_pretrained` loads it."""
     with _errors_explained():
         place = _open_workplace()
-        from flows.launch import bar
+        from flows.board import bar
         from storage.refs import CheckpointRef
         from tasks.export import export as write
 
@@ -158,7 +158,7 @@ def verify(
         if (ref is None) == (not everything):
             raise typer.BadParameter("give either a ref or --all")
         place = _open_workplace()
-        from flows.launch import bar
+        from flows.board import bar
         from storage.verify import verify as check
         from storage.verify import verify_lines
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from rich.console import Console
-from rich.progress import Progress
 
 from configs.chain import ChainConfig, dump_chain
 from flows import progress
 from flows.board import Board
-from flows.chain import Outcome, chain
+from flows.chain import Outcome, chain, count_steps
 from flows.picture import draw
 from flows.report import accuracy_table, comparison_table, size_lines
 from flows.workplace import Workplace
@@ -21,12 +17,14 @@ from storage.registry import Stage
 
 def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool) -> Outcome:
     """Run `config` and report on `console`."""
-    place.store.objects.size("blob/0")  # an unreachable or forbidden store is said now, not after the first training
+    next(
+        place.store.objects.list("line/"), None
+    )  # an unreachable or forbidden store is said now, not after the first training
     if not quiet:
         lines = ", ".join(line.name for line in config.lines)
         console.print(f"[bold]{config.name}[/]: {len(config.tasks)} tasks into {lines}")
         console.print(f"store {place.store.url}, device {place.settings.device}")
-    with Board(console, quiet) as board:
+    with Board(console, quiet, count_steps(config)) as board:
         progress.watch(board)
         outcome = chain(config)
     picture = place.settings.home / "pictures" / f"{config.name}.png"
@@ -63,11 +61,3 @@ def _print(outcome: Outcome, console: Console) -> None:
     console.print(comparison_table(outcome))
     for text in size_lines(outcome):
         console.print(text)
-
-
-@contextmanager
-def bar(console: Console, label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work outside flows, on terminals only."""
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as shown:
-        row = shown.add_task(label, total=None)
-        yield lambda done, total: shown.update(row, completed=done, total=total)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from configs.settings import Settings
 from storage.artifacts import ArtifactStore
 from storage.objects import open_objects
-from storage.registry import Registry
+
+if TYPE_CHECKING:
+    from storage.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Workplace:
 
     @cached_property
     def registry(self) -> Registry:
+        from storage.registry import Registry  # mlflow takes seconds to import: only for those who register
+
         return Registry(self.settings.tracking, self.settings.home / "mlflow-artifacts")
 
 

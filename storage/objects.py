@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlparse
@@ -38,7 +40,11 @@ class ObjectStore(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write `data` if `key` is free; False if it was taken. Of several writers exactly one gets True."""
+        """Write `data` if `key` is free; False if it was taken.
+
+        Of several writers of different data exactly one gets True. Writers of equal data may all get it, because a
+        lost answer to one's own write cannot be told from a twin's success.
+        """
         ...
 
     def size(self, key: str) -> int | None:
@@ -54,6 +60,13 @@ def check_key(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise InvalidInput(f"{key!r} is not an object key")
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """A prefix is the beginning of a key, or empty."""
+    if prefix and not _KEY.fullmatch(f"{prefix}x"):
+        raise InvalidInput(f"{prefix!r} is not the beginning of an object key")
+    return prefix
 
 
 class MemoryObjects:
@@ -72,7 +85,8 @@ class MemoryObjects:
             raise Missing(f"{key} is not in the memory store") from None
 
     def put(self, key: str, data: bytes) -> None:
-        self._objects[check_key(key)] = bytes(data)
+        with self._lock:
+            self._objects[check_key(key)] = bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
@@ -86,7 +100,8 @@ class MemoryObjects:
         return None if found is None else len(found)
 
     def list(self, prefix: str) -> Iterator[str]:
-        return iter(sorted(key for key in self._objects if key.startswith(prefix)))
+        with self._lock:
+            return iter(sorted(key for key in self._objects if key.startswith(check_prefix(prefix))))
 
 
 class DirectoryObjects:
@@ -117,17 +132,21 @@ class DirectoryObjects:
 
         try:
             self._write(key, data, link)
-        except FileExistsError:
+        except _Taken:
             return False
         return True
 
     def size(self, key: str) -> int | None:
         try:
-            return self._path(key).stat().st_size
+            found = self._path(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[str]:
+        check_prefix(prefix)
         start = self.root / prefix.rpartition("/")[0]
         found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
         keys = (path.relative_to(self.root).as_posix() for path in found)
@@ -145,10 +164,11 @@ class DirectoryObjects:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            move(written, place)
+            try:
+                move(written, place)
+            except FileExistsError as error:
+                raise _Taken from error
             _sync_folder(place.parent)
-        except FileExistsError:
-            raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoreFull(
@@ -157,7 +177,12 @@ class DirectoryObjects:
                 ) from error
             raise Unavailable(f"cannot write {place}: {error}") from error
         finally:
-            written.unlink(missing_ok=True)
+            with suppress(OSError):  # whatever kept it from being written also explains why it is not there
+                written.unlink(missing_ok=True)
+
+
+class _Taken(Exception):
+    """The name of a new object is in use."""
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Builders: what tests are made of: stores in memory, tiny models of each form, checkpoints and updates of any tensors."""
+"""Builders: what tests are made of: stores in memory, tiny models of each form, checkpoints and updates."""
 
 from __future__ import annotations
 

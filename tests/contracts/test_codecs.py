@@ -1,4 +1,4 @@
-"""The contract of codecs: what every codec promises. The table drives it, so a new codec is tested when it is listed."""
+"""The contract of codecs: what every codec promises. The table drives it, so a new codec is tested when listed."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tuned(seed: int, size: float = 0.01) -> dict[str, Tensor]:
 
 
 def low_rank(base: CheckpointRef, name: str, rank: int, store: ArtifactStore) -> tuple[CheckpointRef, Tensor]:
-    """A checkpoint whose tensor `name` is the base's plus factors, as LoRA leaves it, and the product of the factors."""
+    """A checkpoint whose tensor `name` is the base's plus factors, as LoRA leaves it, and the factors' product."""
     before = store.open(base)
     draft = store.draft("checkpoint", Lineage("fine_tune", {"base": base}))
     for record in before.manifest.tensors:
@@ -67,7 +67,7 @@ class TestExtract:
             assert torch.equal(tensor, moved[name])
 
     def test_base_plus_update_is_tuned_to_the_last_place(self, store: ArtifactStore, base: CheckpointRef) -> None:
-        """In general the difference is rounded once, and the sum once: one unit in the last place of the larger side."""
+        """In general the difference is rounded once, and the sum once: within one unit in the larger side's last place."""
         after = tuned(1, size=0.3)
         update = tensors(extract_update(base, checkpoint_of(after, store), Extract(), store), store)
         for name, tensor in random_tensors(0).items():
