@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from configs.settings import Settings
+from storage.address import open_objects
 from storage.artifacts import ArtifactStore
-from storage.objects import open_objects
 
 if TYPE_CHECKING:
     from storage.registry import Registry

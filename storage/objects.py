@@ -1,4 +1,4 @@
-"""Object stores: bytes under keys, in memory or in a directory. The S3 backend is in s3.py.
+"""Object stores: bytes under keys, in memory or in a directory. The S3 backend is in s3.py, the choice in address.py.
 
 All three promise the same: `put` is atomic (a reader sees all of the bytes or none), `create` succeeds for exactly one
 of several writers, and keys are relative paths of letters, digits and `-_./`.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlparse
 from uuid import uuid4
 
 from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
@@ -191,24 +190,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def open_objects(url: str) -> ObjectStore:
-    """The object store at `url`: `file:///path`, a plain path, `s3://bucket/prefix` or `memory:`."""
-    parsed = urlparse(url)
-    match parsed.scheme:
-        case "s3":
-            from storage.s3 import S3Objects  # boto3 takes half a second to import: only for those who need it
-
-            return S3Objects(parsed.netloc, parsed.path.strip("/"))
-        case "file":
-            return DirectoryObjects(Path(unquote(parsed.path)))
-        case "memory":
-            return MemoryObjects()
-        case "" if url:
-            return DirectoryObjects(Path(url))
-        case _:
-            raise InvalidInput(
-                f"store address {url!r} is not understood",
-                remedy="Use file:///path, s3://bucket/prefix (endpoint in AWS_ENDPOINT_URL) or memory:",
-            )

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from storage.artifacts import ArtifactStore
-from storage.errors import Conflict, Damaged, InvalidInput, Missing
+from storage.errors import Conflict, Damaged, InvalidInput, Missing, Unavailable
 from storage.lines import Entry, Line
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore, open_objects
+from storage.address import open_objects
+from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
 
 R = TypeVar("R")
@@ -346,3 +347,28 @@ def commit(store: ArtifactStore, tensor: torch.Tensor) -> Ref:
 def named(make: Callable[[Ref], R], kind: str, text: str) -> R:
     """A well-formed ref that stands for `text`; lines do not look behind the refs they are given."""
     return make(Ref(f"{kind}/{sha256(text.encode()).hexdigest()}"))
+
+
+class TestDirectoryEdges:
+    """What a folder can hold that a flat store cannot: folders where files are expected, and the other way round."""
+
+    def test_a_folder_is_no_object(self, tmp_path: Path) -> None:
+        objects = DirectoryObjects(tmp_path)
+        objects.put("blob/a", b"1")
+        assert objects.size("blob") is None
+        with pytest.raises(Missing):
+            objects.get("blob")
+
+    def test_a_file_in_the_way_is_explained_and_left_alone(self, tmp_path: Path) -> None:
+        objects = DirectoryObjects(tmp_path)
+        objects.put("a", b"1")
+        for write in (objects.put, objects.create):
+            with pytest.raises(Unavailable, match="cannot write"):
+                write("a/b", b"2")
+        assert objects.get("a") == b"1"
+
+    @pytest.mark.parametrize("prefix", ["../", "/etc/h", "a/../", "a//"])
+    def test_lists_do_not_leave_the_store(self, tmp_path: Path, prefix: str) -> None:
+        for objects in (DirectoryObjects(tmp_path), MemoryObjects()):
+            with pytest.raises(InvalidInput):
+                list(objects.list(prefix))

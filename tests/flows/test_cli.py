@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -46,10 +45,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(grown: Path, tmp_path: Path) -> Iterator[Path]:
+def home(grown: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged at will."""
     shutil.copytree(grown, tmp_path / "home")
-    yield tmp_path / "home"
+    return tmp_path / "home"
 
 
 def test_help_teaches() -> None:

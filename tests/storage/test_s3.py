@@ -21,8 +21,8 @@ from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import ProtocolError
 
+from storage.address import open_objects
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
-from storage.objects import open_objects
 from storage.s3 import S3Objects, translate
 from tests.storage.s3_server import free_port
 

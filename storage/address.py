@@ -1,0 +1,30 @@
+"""Addresses: the object store that a URL names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from storage.errors import InvalidInput
+from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+
+
+def open_objects(url: str) -> ObjectStore:
+    """The object store at `url`: `file:///path`, a plain path, `s3://bucket/prefix` or `memory:`."""
+    parsed = urlparse(url)
+    match parsed.scheme:
+        case "s3":
+            from storage.s3 import S3Objects  # boto3 takes half a second to import: only for those who need it
+
+            return S3Objects(parsed.netloc, parsed.path.strip("/"))
+        case "file":
+            return DirectoryObjects(Path(unquote(parsed.path)))
+        case "memory":
+            return MemoryObjects()
+        case "" if url:
+            return DirectoryObjects(Path(url))
+        case _:
+            raise InvalidInput(
+                f"store address {url!r} is not understood",
+                remedy="Use file:///path, s3://bucket/prefix (endpoint in AWS_ENDPOINT_URL) or memory:",
+            )
