@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 
 from configs.chain import ChainConfig, dump_chain
@@ -9,10 +11,11 @@ from flows import progress
 from flows.board import Board
 from flows.chain import Outcome, chain, count_steps
 from flows.picture import draw
-from flows.report import accuracy_table, comparison_table, size_lines
+from flows.report import accuracy_rows, accuracy_table, comparison_table, size_lines
 from flows.workplace import Workplace
 from storage.manifest import canonical, digest
 from storage.registry import Stage
+from storage.tables import write_rows
 
 
 def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool) -> Outcome:
@@ -27,10 +30,11 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
     with Board(console, quiet, count_steps(config)) as board:
         progress.watch(board)
         outcome = chain(config)
-    picture = place.settings.home / "pictures" / f"{config.name}.png"
-    if board.done or not picture.exists():
+    picture, table = (place.settings.home / "reports" / f"{config.name}{suffix}" for suffix in (".png", ".parquet"))
+    if board.done or not (picture.exists() and table.exists()):
         draw(outcome, picture)
-    _log(config, place, outcome, picture)
+        table.write_bytes(write_rows(accuracy_rows(outcome)))
+    _log(config, place, outcome, [picture, table])
     if not quiet:
         _print(outcome, console)
     if board.done == 0:
@@ -45,14 +49,14 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
     return outcome
 
 
-def _log(config: ChainConfig, place: Workplace, outcome: Outcome, picture: object) -> None:
+def _log(config: ChainConfig, place: Workplace, outcome: Outcome, files: list[Path]) -> None:
     averages = {f"{line.name}/average": line.last.summary.average for line in outcome.lines}
     best = outcome.best.last
     tags = {"run": f"{config.name}: summary", "best": f"{best.version.name} v{best.version.version}"}
     models = [line.last.model for line in outcome.lines]
     key = digest(canonical([place.store.url, dump_chain(config), models]))
     summary = Stage("summary", best.model, dump_chain(config), averages, tags=tags)
-    place.registry.log_chain(config.name, key, summary, [picture])  # type: ignore[list-item]
+    place.registry.log_chain(config.name, key, summary, files)
 
 
 def _print(outcome: Outcome, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.table import Table
 
@@ -32,6 +33,26 @@ def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     forgot = [_percent(step.summary.forgetting) for step in line.steps]
     table.add_row("forgetting", "", "", *forgot)
     return table
+
+
+def accuracy_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """The accuracy matrices of all lines as rows: line, step, the task just merged, the task measured, its accuracy.
+
+    Step 0 is the base (no line, nothing merged) and each task's own model (line `alone`).
+    """
+    store = here().store
+    rows = [_row("", 0, "", name, value) for name, value in leading(store.open(outcome.base_scores)).items()]
+    for one in outcome.prepared:
+        rows.append(_row("alone", 0, one.task.name, one.task.name, leading(store.open(one.alone))[one.task.name]))
+    for line in outcome.lines:
+        for step in line.steps:
+            scores = leading(store.open(step.scores))
+            rows += [_row(line.name, step.entry.step, step.entry.task, name, value) for name, value in scores.items()]
+    return rows
+
+
+def _row(line: str, step: int, merged: str, task: str, accuracy: float) -> dict[str, Any]:
+    return {"line": line, "step": step, "merged": merged, "task": task, "accuracy": accuracy}
 
 
 def comparison_table(outcome: Outcome) -> Table:

@@ -187,17 +187,17 @@ def _mapped(tracking: str) -> Iterator[None]:
     except MlflowException as error:
         passing = error.error_code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
         kind = Unavailable if passing else InvalidInput
-        raise kind(f"MLflow at {_public(tracking)} refused: {error.message}") from error
+        raise kind(f"MLflow at {_public(tracking)} refused: {_public(str(error.message))}") from None
     except (RequestException, OSError) as error:
         raise Unavailable(
             f"MLflow at {_public(tracking)} does not answer: {type(error).__name__}",
             remedy="Check MLFLOW_TRACKING_URI and that the server runs",
-        ) from error
+        ) from None
 
 
 def _public(address: str) -> str:
-    """An address without the user and password it may hold."""
-    return re.sub(r"//[^/@]*@", "//", address)
+    """A text without the users and passwords of the addresses in it."""
+    return re.sub(r"//[^/@\s]*@", "//", address)
 
 
 def _metric_name(name: str) -> str:

@@ -17,6 +17,7 @@ from storage.artifacts import Artifact, ArtifactStore, encode_parts
 from storage.errors import Mismatch
 from storage.manifest import Lineage, digest
 from storage.refs import CheckpointRef
+from tasks.exclusive import PROCESS_STATE
 from tasks.naming import Skeleton
 from tasks.tensors import check_finite, dtype_name, read_tensor
 
@@ -89,7 +90,7 @@ def load_model(checkpoint: Artifact, device: str = "cpu", dtype: torch.dtype | N
     Peak memory is the model plus one tensor.
     """
     skeleton = skeleton_of(checkpoint)
-    with no_init_weights():
+    with PROCESS_STATE, no_init_weights():
         model: PreTrainedModel = skeleton.model_class(skeleton.config)
     places = dict(model.state_dict(keep_vars=True))
     with torch.no_grad():

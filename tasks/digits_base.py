@@ -16,7 +16,8 @@ from storage.refs import CheckpointRef
 from tasks.checkpoints import CONFIG, config_of, write_checkpoint
 from tasks.choice import Choice, require
 from tasks.data import Digits, Rows, Split
-from tasks.fine_tune import TRAINING, Report, train
+from tasks.exclusive import PROCESS_STATE
+from tasks.fine_tune import Report, train
 from tasks.naming import Skeleton
 from tasks.suites.base import Batch
 from tasks.tuners.full import Full
@@ -63,7 +64,7 @@ def train_digits_base(
     )
     problem = _Mixed(Digits(view="mixed", seed=spec.seed))
     tuner = Full(weights="all", steps=spec.steps, learning_rate=1e-3, seed=spec.seed)
-    with TRAINING, torch.random.fork_rng():
+    with PROCESS_STATE, torch.random.fork_rng():
         set_seed(spec.seed)
         backbone = ViTModel(config)
         train(problem.wrap(backbone), problem, tuner, device, report)

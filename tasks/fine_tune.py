@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +18,13 @@ from storage.errors import InvalidInput
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, short
 from tasks.checkpoints import HISTORY, load_model, skeleton_of
+from tasks.exclusive import PROCESS_STATE
 from tasks.suites import AnySuite
 from tasks.suites.base import Trainable
 from tasks.tensors import check_finite, dtype_name, prefixed
 from tasks.tuners import AnyTuner, Factors
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
-
-TRAINING = threading.Lock()
-"""The Trainer draws from torch's global generator, so two trainings in one process would change each other."""
 
 
 def fine_tune(
@@ -46,7 +43,7 @@ def fine_tune(
     """
     source = store.open(base, "checkpoint")
     problem = suite.open(source)
-    with TRAINING, torch.random.fork_rng():
+    with PROCESS_STATE, torch.random.fork_rng():
         backbone = load_model(source, dtype=torch.float32)
         set_seed(tuner.seed)
         tuner.attach(backbone, skeleton_of(source))

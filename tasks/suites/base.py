@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
@@ -42,6 +44,13 @@ class Problem(Trainable, Protocol):
     def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
         """Measure on the test split. The first score is the one that tables show, and higher is better."""
         ...
+
+
+def batches(rows: Rows, size: int, collate: Callable[[list[dict[str, Any]]], Batch]) -> Iterator[Batch]:
+    """Batches in order. The loader has a generator of its own: see tasks/exclusive.py."""
+    examples: Any = rows
+    loader = DataLoader(examples, batch_size=size, collate_fn=collate, generator=torch.Generator())
+    yield from loader
 
 
 class Suite(Protocol):

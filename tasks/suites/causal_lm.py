@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 
 from storage.artifacts import Artifact
@@ -19,7 +18,7 @@ from storage.refs import short
 from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score
+from tasks.suites.base import Batch, Score, batches
 
 IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
 # some chat templates write the day into the prompt; a task has no clock, so it is always the same day
@@ -133,7 +132,7 @@ class CausalLmProblem:
         model = self.wrap(backbone).to(device).eval()
         rows = self.rows("test")
         right, tokens, done, loss = 0, 0, 0, 0.0
-        for batch in DataLoader(rows, batch_size=self._suite.batch, collate_fn=self.collate):  # type: ignore[arg-type]
+        for batch in batches(rows, self._suite.batch, self.collate):
             logits_BTV = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))["logits"]
             logits_NV, labels_N = predictions(logits_BTV, batch["labels"].to(device))
             right += int((logits_NV.argmax(dim=-1) == labels_N).sum())

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from storage.errors import InvalidInput, Mismatch
 from tasks.choice import BY_NAME, Choice, require
+from tasks.exclusive import PROCESS_STATE
 from tasks.ingest import Checkpoint, locate
 
 ClassNames = tuple[str, ...] | None  # of the labels in order, if the data knows them
@@ -83,7 +84,8 @@ class ClipText(Choice):
         folder = locate(Checkpoint(source=self.source, revision=self.revision))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            clip: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
+            with PROCESS_STATE:
+                clip: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InvalidInput(
                 f"{self.source!r} has no whole CLIP model in safetensors with its tokenizer: {error}",

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoImageProcessor, PreTrainedModel
 
@@ -19,7 +18,7 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score
+from tasks.suites.base import Batch, Score, batches
 from tasks.suites.heads import AnyHead, CosineHead
 
 
@@ -91,7 +90,7 @@ class ImageProblem:
         classes = int(model.head.weight.shape[0])  # type: ignore[union-attr,index]
         accuracy = MulticlassAccuracy(classes, average="micro").to(device)
         done = 0
-        for batch in DataLoader(rows, batch_size=self._suite.batch, collate_fn=self.collate):  # type: ignore[arg-type]
+        for batch in batches(rows, self._suite.batch, self.collate):
             labels = batch["labels"]
             if int(labels.max()) >= classes or int(labels.min()) < 0:
                 raise Mismatch("labels of the test split", expected=f"0 to {classes - 1}", found=int(labels.max()))

@@ -19,11 +19,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from storage.address import open_objects
 from storage.artifacts import ArtifactStore
 from storage.errors import Conflict, Damaged, InvalidInput, Missing, Unavailable
 from storage.lines import Entry, Line
 from storage.manifest import Lineage
-from storage.address import open_objects
 from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
 

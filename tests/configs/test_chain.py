@@ -1,0 +1,121 @@
+"""Chains from YAML: presets, the README's example, and errors that name the field and the choices."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.chain import PRESETS, dump_chain, load_chain, parse_chain, presets
+from configs.settings import Settings
+from storage.errors import InvalidInput
+from tasks.mergers import Opcm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_complete_and_survive_a_round_trip(name: str) -> None:
+    config = load_chain(name)
+    assert config == load_chain(PRESETS / f"{name}.yaml")
+    assert parse_chain(dump_chain(config)) == config
+    assert config.name == name
+
+
+def test_all_presets_are_there() -> None:
+    assert presets() == ["clip-vit-b32-8tasks", "demo", "llama-lora", "smoke"]
+    assert len(load_chain("clip-vit-b32-8tasks").tasks) == 8
+
+
+def test_the_readmes_chain_is_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    config = parse_chain(yaml.safe_load(blocks[0]))
+    assert isinstance(config.lines[0].merger, Opcm)
+
+
+def smoke() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((PRESETS / "smoke.yaml").read_text())
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("lines", 0, "merger", "name"),
+            "opmc",
+            r"lines\.0\.merger: there is no 'opmc' \(did you mean opcm\?\); choices:",
+        ),
+        (
+            ("lines", 0, "merger", "aplha"),
+            0.3,
+            r"aplha: there is no such field \(did you mean alpha\?\); fields: .*alpha",
+        ),
+        (("lines", 0, "merger", "alpha"), 3, r"alpha must be in \[0, 1\), found 3"),
+        (("tasks", 0, "suite", "data", "view"), "rot91", r"view: 'rot91' is not one of 'id', 'rot90'"),
+        (("tasks", 0, "suite", "head"), {"index": 1}, r"head: has no `name`"),
+        (("tasks", 0, "nmae"), "x", r"tasks\.0\.nmae: there is no such field \(did you mean name\?\)"),
+        (("tasks", 1, "name"), "rot90", "the name 'rot90' is used twice"),
+        (("tuner", "steps"), "many", r"steps: input should be a valid integer.*found 'many'"),
+        (("tasks",), [], "tasks is empty"),
+        (("lines",), [], "lines is empty"),
+        (("lines", 0, "name"), "Smoke Line", "is no name"),
+        (("codec", "density"), 2, "density must be between 0 and 1, found 2"),
+        (("bse",), 1, r"bse: there is no such field \(did you mean base\?\)"),
+    ],
+)
+def test_errors_name_the_field(path: tuple[Any, ...], value: Any, message: str) -> None:
+    values = copy.deepcopy(smoke())
+    place: Any = values
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    with pytest.raises(InvalidInput, match=message):
+        parse_chain(values)
+
+
+def test_a_missing_field_is_named() -> None:
+    values = smoke()
+    del values["base"]
+    with pytest.raises(InvalidInput, match="base: is missing"):
+        parse_chain(values)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"no file 'dmeo'. Did you mean demo\?"):
+        load_chain("dmeo")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    with pytest.raises(InvalidInput, match="is not YAML"):
+        load_chain(broken)
+    broken.write_text("just a text")
+    with pytest.raises(InvalidInput, match="must be a mapping"):
+        load_chain(broken)
+
+
+def test_settings_have_embedded_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("DELTAWORKS_STORE", "MLFLOW_TRACKING_URI", "DELTAWORKS_DEVICE", "DELTAWORKS_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DELTAWORKS_HOME", str(tmp_path))
+    found = Settings.from_environment()
+    assert found.store == (tmp_path / "store").as_uri()
+    assert found.tracking == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert found.threads == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DELTAWORKS_THREADS", "two", "must be a positive whole number, found 'two'"),
+        ("DELTAWORKS_DEVICE", "gpu", "must be cpu, cuda or cuda:<number>, found 'gpu'"),
+    ],
+)
+def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=message):
+        Settings.from_environment()
