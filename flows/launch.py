@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -45,8 +48,14 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
     console.print(f"best: {best.version.name} version {best.version.version}, {best.model}", soft_wrap=True)
     if not quiet:
         console.print(f"picture: {picture}", soft_wrap=True)
-        console.print(f"next: deltaworks export {best.version.name} ./model    or    deltaworks ui")
+        command = _command()
+        console.print(f"next: {command} export {best.version.name} ./model    or    {command} ui", soft_wrap=True)
     return outcome
+
+
+def _command() -> str:
+    """How this command was called, if its plain name would not be found."""
+    return "deltaworks" if shutil.which("deltaworks") else os.path.relpath(sys.argv[0])
 
 
 def _log(config: ChainConfig, place: Workplace, outcome: Outcome, files: list[Path]) -> None:

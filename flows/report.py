@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flows.chain import Grown, Outcome
@@ -15,7 +16,7 @@ from tasks.evaluate import leading
 def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     """Task by step: alone, and merged after each step; then what the line's summary says."""
     store = here().store
-    table = Table(title=f"{line.name}: accuracy in % after each merge", title_justify="left", caption_justify="left")
+    table = _table(f"{line.name}: accuracy in % after each merge")
     table.add_column("task")
     table.add_column("base", justify="right")
     table.add_column("alone", justify="right")
@@ -57,9 +58,9 @@ def _row(line: str, step: int, merged: str, task: str, accuracy: float) -> dict[
 
 def comparison_table(outcome: Outcome) -> Table:
     """One row per line, the best first."""
-    table = Table(title="the merged models", title_justify="left")
-    for column in ("line", "merger", "average", "worst task", "of alone", "forgetting", "version"):
-        table.add_column(column, justify="left" if column in ("line", "merger") else "right")
+    table = _table("the merged models, in %")
+    for column in ("line", "merger", "average", "worst", "of alone", "forgetting", "version"):
+        table.add_column(column, justify="left" if column in ("line", "merger") else "right", no_wrap=column == "line")
     for line in sorted(outcome.lines, key=lambda one: -one.last.summary.average):
         summary, last = line.last.summary, line.last
         table.add_row(
@@ -85,6 +86,13 @@ def size_lines(outcome: Outcome) -> Iterator[str]:
     yield (
         f"{len(after)} updates: {dense / 1e6:.2f} MB as extracted, {small / 1e6:.2f} MB compressed, "
         f"{bf16 / small:.1f} times smaller than the model in bfloat16 ({bf16 / 1e6:.2f} MB)"
+    )
+
+
+def _table(title: str) -> Table:
+    """A table narrow enough for a terminal of 80 columns with half a dozen tasks."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1)
     )
 
 

@@ -40,7 +40,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "the merged models" in found.stdout
     assert "times smaller than the model in bfloat16" in found.stdout
     assert "best: smoke-" in found.stdout
-    assert "next: deltaworks export" in found.stdout
+    assert "export smoke-" in found.stdout
     assert (home / "reports" / "smoke.png").stat().st_size > 10_000
     rows = pyarrow.parquet.read_table(home / "reports" / "smoke.parquet").to_pylist()
     assert len(rows) == 3 + 3 + 2 * (1 + 2 + 3)  # base, alone, and two lines of three steps

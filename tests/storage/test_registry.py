@@ -72,7 +72,8 @@ def test_series_become_metric_histories(registry: Registry) -> None:
 
 
 def test_four_processes_start_on_a_new_file(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from storage.registry import Registry; Registry('sqlite:///{tmp_path}/new.db', Path())"
+    start = f"Registry('sqlite:///{tmp_path}/new.db', Path())"
+    code = f"from pathlib import Path; from storage.registry import Registry; {start}"
     children = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(4)]
     for child in children:
         _, errors = child.communicate(timeout=120)
