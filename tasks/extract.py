@@ -13,7 +13,7 @@ from storage.manifest import Lineage
 from storage.refs import CheckpointRef, UpdateRef, short
 from tasks.choice import Choice
 from tasks.codecs import Dense, decoder
-from tasks.select import moments
+from tasks.select import power
 from tasks.tensors import check_finite, dtype_name, read_tensor, wide
 
 HEAD = "head."  # role prefix of tensors that only the tuned side has: kept with the update, never merged
@@ -60,7 +60,7 @@ def _extract_one(draft: Draft, before: Artifact, after: Artifact, name: str) -> 
     old, new = before.record(name), after.record(name)
     if new.rank is not None and new.onto == old.blob:
         draft.add(name, after.parts(name), role=old.role, dtype="F32", shape=old.shape, codec=new.codec, rank=new.rank)
-        return moments(lambda: [read_tensor(after, name).float() - read_tensor(before, name).float()]).squares
+        return power(lambda: [read_tensor(after, name).float() - read_tensor(before, name).float()]).squares
     base, tuned = read_tensor(before, name), read_tensor(after, name)
     if not base.is_floating_point():
         if not torch.equal(base, tuned):
@@ -78,7 +78,7 @@ def _extract_one(draft: Draft, before: Artifact, after: Artifact, name: str) -> 
         shape=old.shape,
         codec=decoder(codec),
     )
-    return moments(lambda: [delta]).squares
+    return power(lambda: [delta]).squares
 
 
 def _match(before: Artifact, after: Artifact, spec: Extract) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Exact order statistics of a stream of tensors too large to hold: the k-th smallest magnitude, the moments.
+"""Statistics of a stream of tensors too large to hold: the k-th smallest magnitude, the power, the deviation.
 
 A magnitude's bits, read as an integer, sort like the magnitude itself. So the k-th one is found digit by digit,
 sixteen bits a pass, by counting: two passes over float32, four over float64, and memory for 65,536 counters.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,32 +50,32 @@ def kth_magnitude(stream: Stream, k: int) -> float:
             return float(whole.view(torch.float64 if bits == 64 else torch.float32))
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, sum and centred sum of squares of a stream, accumulated in float64."""
+class Power(NamedTuple):
+    """Number of elements, and the sum of their squares in float64."""
 
-    count: int
-    total: float
-    squares: float  # sum of x**2
-    centred: float  # sum of (x - mean)**2
-
-    @property
-    def norm(self) -> float:
-        return math.sqrt(self.squares)
-
-    @property
-    def std(self) -> float:
-        """Unbiased, like `torch.std`."""
-        return math.sqrt(self.centred / (self.count - 1)) if self.count > 1 else 0.0
+    elements: int
+    squares: float
 
 
-def moments(stream: Stream) -> Moments:
-    """Two passes: the mean first, then the squares around it, so that a large mean costs no digits."""
-    count, total, squares = 0, 0.0, 0.0
+def power(stream: Stream) -> Power:
+    """Count and sum of squares, in one pass."""
+    count, squares = 0, 0.0
+    for tensor in stream():
+        count += tensor.numel()
+        squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.numel() else 0.0
+    return Power(count, squares)
+
+
+def deviation(stream: Stream) -> float:
+    """The unbiased standard deviation, like `torch.std`, in float64; 0 for less than two elements.
+
+    Two passes: the mean first, then the squares around it, so that a large mean costs no digits.
+    """
+    count, total = 0, 0.0
     for tensor in stream():
         count += tensor.numel()
         total += tensor.sum(dtype=torch.float64).item()
-        squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.numel() else 0.0
-    mean = total / count if count else 0.0
-    centred = math.fsum(float((tensor.double() - mean).square().sum()) for tensor in stream())
-    return Moments(count, total, squares, centred)
+    if count < 2:
+        return 0.0
+    mean = total / count
+    return math.sqrt(math.fsum(float((tensor.double() - mean).square().sum()) for tensor in stream()) / (count - 1))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tasks.choice import Choice, require
 from tasks.codecs.base import Facts, Parts
-from tasks.select import Stream, kth_magnitude, moments
+from tasks.select import Stream, deviation, kth_magnitude, power
 
 Bytes = NDArray[np.uint8]
 _LEVEL = 1  # on these streams higher levels are slower and often larger
@@ -49,17 +49,17 @@ class Ternary(Choice):
 
     def survey(self, deltas: Stream) -> Facts:
         """`threshold` and `magnitude` for the whole update."""
-        seen = moments(deltas)
-        # 100 * density and not density: the released code counts int(d * k / 100), and so rounds like this
-        dropped = seen.count - int(seen.count * (100 * self.density) / 100)
-        if seen.count == 0 or seen.squares == 0:
+        count, squares = power(deltas)
+        if squares == 0:
             return {"threshold": 0.0, "magnitude": 0.0}
+        # 100 * density and not density: the released code counts int(d * k / 100), and so rounds like this
+        dropped = count - int(count * (100 * self.density) / 100)
         threshold = kth_magnitude(deltas, max(dropped, 1))
-        return {"threshold": threshold, "magnitude": self._magnitude(deltas, threshold, seen.std, seen.squares)}
+        return {"threshold": threshold, "magnitude": self._magnitude(deltas, threshold, squares)}
 
-    def _magnitude(self, deltas: Stream, threshold: float, std: float, squares: float) -> float:
+    def _magnitude(self, deltas: Stream, threshold: float, squares: float) -> float:
         if not isinstance(self.alpha, str):
-            return float(torch.tensor(std, dtype=torch.float32) * self.alpha)
+            return float(torch.tensor(deviation(deltas), dtype=torch.float32) * self.alpha)
         kept, total = 0, 0.0
         for delta in deltas():
             magnitudes = delta.abs()

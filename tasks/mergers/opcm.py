@@ -30,7 +30,8 @@ class Opcm(Choice):
     variant
         fixed      every parameter accumulates; the diagonal is removed on the numerical rank only, so that the
                    arbitrary basis of a null space never enters; zero updates and zero states pass through.
-        reference  fusion_bench 0.2.33: the diagonal is removed on all of K, and parameters that belong to no leaf
+        reference  fusion_bench 0.2.33: the diagonal is removed on all of K, so a zero state (whose singular vectors
+                   are the unit vectors) costs the newcomer its own diagonal; parameters that belong to no leaf
                    module (role `bare`) are not accumulated: they keep the first update and shrink with each step.
     project: which parameters are projected; all others are summed.
         linear     weights of linear layers, the head included      matrices   also 2-D embeddings
@@ -81,7 +82,7 @@ class Opcm(Choice):
 
     def _orthogonal(self, merged_RC: Tensor, tau_RC: Tensor) -> Tensor:
         """The part of tau that OPCM adds: no component along the protected block and along u_i v_i^T."""
-        if not merged_RC.any() or not tau_RC.any():
+        if self.variant == "fixed" and not (merged_RC.any() and tau_RC.any()):
             return tau_RC
         U_RK, s_K, Vh_KC = torch.linalg.svd(merged_RC, full_matrices=False)
         share_K = s_K.cumsum(0) / s_K.sum()

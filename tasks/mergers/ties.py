@@ -52,7 +52,7 @@ class Ties(Choice):
             "negative_count": (trimmed < 0).int(),
         }
         if state is not None:
-            parts = {key: state[key] + part for key, part in parts.items()}
+            parts = {key: part.add_(state[key]) for key, part in parts.items()}  # in place: these are ours
         return parts, {"majority": float((parts["positive"] + parts["negative"]).sign().sum(dtype=torch.float64))}
 
     def close(self, facts: Facts, sums: Sums) -> Facts:
