@@ -5,10 +5,12 @@ Heavy imports wait until a command needs them, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from rich.console import Console
 from storage.errors import DeltaworksError
 
 if TYPE_CHECKING:
+    from flows.servers import Server
     from flows.workplace import Workplace
     from storage.refs import Ref
 
@@ -82,8 +85,11 @@ def run(
 
         chosen = load_chain(config)  # before anything slow: a typo is answered at once
         place = _open_workplace(verbose)
-        from flows.launch import launch
+        server = _embedded_prefect(place)
+        from flows.launch import launch  # imports prefect, which reads where its server is
 
+        if server:
+            server.await_answer()
         launch(chosen, place, console, quiet)
 
 
@@ -185,20 +191,27 @@ def ui(
 ) -> None:
     """Start MLflow and Prefect over the local databases, and print their addresses. Ctrl-C stops both."""
     with _errors_explained():
-        place = _open_workplace()
-        from flows.servers import Servers
+        settings = _open_workplace().settings
+        from flows.servers import free_port, start_mlflow, start_prefect
 
+        ports = free_port(host, mlflow_port), free_port(host, prefect_port)
         console.print("starting MLflow and Prefect ...")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends the servers too
-        with Servers(place.settings, host, mlflow_port, prefect_port) as servers:
-            console.print(f"MLflow   {servers.mlflow}/#/models?workflowType=machine_learning")
-            console.print(f"Prefect  {servers.prefect}")
+        servers = [start_mlflow(settings, host, ports[0]), start_prefect(settings, host, ports[1], ui=True)]
+        try:
+            for server in servers:
+                server.await_answer()
+            console.print(f"MLflow   http://{host}:{ports[0]}/#/models?workflowType=machine_learning")
+            console.print(f"Prefect  http://{host}:{ports[1]}")
             console.print("Ctrl-C stops both")
             sys.stdout.flush()
-            try:
-                servers.wait()
-            except KeyboardInterrupt:
-                console.print("stopped")
+            while all(server.running for server in servers):
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            console.print("stopped")
+        finally:
+            for server in servers:
+                server.stop()
 
 
 def _model(place: Workplace, what: str) -> Ref:
@@ -206,6 +219,19 @@ def _model(place: Workplace, what: str) -> Ref:
     from flows.steps import head_model
 
     return place.store.resolve(what) if "/" in what else head_model(what)
+
+
+def _embedded_prefect(place: Workplace) -> Server | None:
+    """Start a Prefect server for this run, unless PREFECT_API_URL names one. It starts while prefect is imported."""
+    if os.environ.get("PREFECT_API_URL"):
+        return None
+    from flows.servers import LOOPBACK, free_port, start_prefect
+
+    port = free_port()
+    server = start_prefect(place.settings, LOOPBACK, port, ui=False)
+    atexit.register(server.stop)  # before prefect is imported, so that its last events are sent first
+    os.environ["PREFECT_API_URL"] = f"http://{LOOPBACK}:{port}/api"
+    return server
 
 
 def _open_workplace(verbose: bool = False) -> Workplace:
@@ -216,7 +242,6 @@ def _open_workplace(verbose: bool = False) -> Workplace:
     (settings.home / "prefect").mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder of a path
     defaults = {
         "PREFECT_HOME": str(settings.home / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default of 20 is too short for a first start
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
         "PREFECT_CLI_PROMPT": "false",

@@ -1,8 +1,13 @@
-"""The two servers people look at, MLflow and Prefect, over the embedded databases, on loopback."""
+"""Servers as child processes, on loopback: Prefect for one run, and Prefect and MLflow for people to look at.
+
+A child ends with its parent even if that is killed without warning; Prefect's own temporary server would stay.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,98 +21,90 @@ from storage.errors import Unavailable
 
 LOOPBACK = "127.0.0.1"
 _PATIENCE = 120.0  # seconds; a first start creates the databases
-_PREFECT_BATCH = "100"  # the default of 1 lets the server lag a minute behind a burst of task runs
+_STOP = 10.0  # seconds between asking a server to end and ending it
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-class Servers:
-    """Child processes that end with this one."""
+class Server:
+    """A server process: starts at once, answers a little later."""
 
-    def __init__(self, settings: Settings, host: str = LOOPBACK, mlflow_port: int = 5000, prefect_port: int = 4200):
-        self._host = host
-        self._logs = settings.home / "logs"
-        self._logs.mkdir(parents=True, exist_ok=True)
-        self._children: list[tuple[str, subprocess.Popen[bytes], Path]] = []
-        self.mlflow = f"http://{host}:{_free(host, mlflow_port)}"
-        self.prefect = f"http://{host}:{_free(host, prefect_port, taken=self.mlflow)}"
-        self._settings = settings
-
-    def __enter__(self) -> Servers:
-        try:
-            self._start_mlflow()
-            self._start_prefect()
-            self._await(f"{self.mlflow}/health", "mlflow")
-            self._await(f"{self.prefect}/api/health", "prefect")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for _name, child, _log in self._children:
-            child.terminate()
-        for _name, child, _log in self._children:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-
-    def wait(self) -> None:
-        """Return when one of the servers has ended."""
-        while all(child.poll() is None for _, child, _ in self._children):
-            time.sleep(0.5)
-
-    def _start_mlflow(self) -> None:
-        port = self.mlflow.rpartition(":")[2]
-        artifacts = (self._settings.home / "mlflow-artifacts").as_uri()
-        command = ["-m", "mlflow", "server", "--backend-store-uri", self._settings.tracking]
-        command += ["--artifacts-destination", artifacts, "--host", self._host, "--port", port, "--workers", "1"]
-        self._start("mlflow", command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-
-    def _start_prefect(self) -> None:
-        port = self.prefect.rpartition(":")[2]
-        batches = {
-            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": _PREFECT_BATCH,
-            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": _PREFECT_BATCH,
-            "PREFECT_UI_API_URL": f"{self.prefect}/api",
-        }
-        self._start("prefect", ["-m", "prefect", "server", "start", "--host", self._host, "--port", port], batches)
-
-    def _start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        log = self._logs / f"{name}.log"
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], health: str, log: Path) -> None:
+        self.name = name
+        self._health = health
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, *command],
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", *command],
                 env={**os.environ, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self._children.append((name, child, log))
 
-    def _await(self, url: str, name: str) -> None:
-        child, log = next((child, log) for known, child, log in self._children if known == name)
+    @property
+    def running(self) -> bool:
+        return self._child.poll() is None
+
+    def await_answer(self) -> None:
         start = time.monotonic()
         while time.monotonic() - start < _PATIENCE:
-            if child.poll() is not None:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise Unavailable(f"the {name} server ended at once:\n{tail}\n", remedy=f"Its whole log is {log}")
+            if not self.running:
+                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+                raise Unavailable(f"the {self.name} server ended at once:\n{tail}\n", remedy=f"Its log is {self._log}")
             try:
-                with urlopen(url, timeout=2):
+                with urlopen(self._health, timeout=2):
                     return
             except (URLError, OSError):
-                time.sleep(0.3)
-        raise Unavailable(f"the {name} server did not answer within {_PATIENCE:.0f} s", remedy=f"Its log is {log}")
+                time.sleep(0.1)
+        raise Unavailable(f"the {self.name} server did not answer in {_PATIENCE:.0f} s", remedy=f"Log: {self._log}")
+
+    def stop(self) -> None:
+        self._child.terminate()
+        try:
+            self._child.wait(timeout=_STOP)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
 
 
-def _free(host: str, wanted: int, taken: str = "") -> int:
-    """The wanted port, or the next free one above it."""
-    for port in range(wanted, wanted + 100):
+def start_prefect(settings: Settings, host: str, port: int, *, ui: bool) -> Server:
+    """Prefect's server over the database in the home; its API is at http://host:port/api."""
+    address = f"http://{host}:{port}/api"
+    environment = {
+        "PREFECT_API_URL": "",
+        "PREFECT_UI_API_URL": address,
+        "PREFECT_SERVER_UI_ENABLED": str(ui).lower(),
+        # the defaults of 1 let the server lag a minute behind a burst of task runs
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    }
+    command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
+    log = settings.home / "logs" / ("prefect.log" if ui else "prefect-run.log")
+    return Server("Prefect", command, environment, f"{address}/health", log)
+
+
+def start_mlflow(settings: Settings, host: str, port: int) -> Server:
+    """MLflow's server over the tracking database. One worker without job runner: a tenth of the default's memory."""
+    artifacts = (settings.home / "mlflow-artifacts").as_uri()
+    command = ["mlflow", "server", "--backend-store-uri", settings.tracking, "--artifacts-destination", artifacts]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return Server("MLflow", command, environment, f"http://{host}:{port}/health", settings.home / "logs" / "mlflow.log")
+
+
+def free_port(host: str = LOOPBACK, wanted: int = 0) -> int:
+    """The wanted port, or the next free one above it; any free one if none is wanted."""
+    for port in range(wanted, wanted + 100) if wanted else [0]:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if not taken.endswith(f":{port}"):
-                try:
-                    probe.bind((host, port))
-                    return port
-                except OSError:
-                    continue
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
     raise Unavailable(f"no free port on {host} from {wanted} to {wanted + 99}")
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)

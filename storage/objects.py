@@ -99,8 +99,9 @@ class MemoryObjects:
         return None if found is None else len(found)
 
     def list(self, prefix: str) -> Iterator[str]:
+        check_prefix(prefix)
         with self._lock:
-            return iter(sorted(key for key in self._objects if key.startswith(check_prefix(prefix))))
+            return iter(sorted(key for key in self._objects if key.startswith(prefix)))
 
 
 class DirectoryObjects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -27,16 +29,17 @@ RUN = [sys.executable, "-c", "from flows.cli import main; main()", "run", "smoke
 def run(home: Path, kill_when: Callable[[], bool] | None = None) -> str:
     """Run the smoke chain as a command; kill it without warning as soon as `kill_when` holds."""
     environment = {**os.environ, "DELTAWORKS_HOME": str(home)}
-    child = subprocess.Popen(
-        RUN, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    child = subprocess.Popen(RUN, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if kill_when is not None:
         deadline = time.monotonic() + 120
         while not kill_when():
             assert child.poll() is None, f"the run ended before it could be killed:\n{child.communicate()[0]}"
             assert time.monotonic() < deadline, "the moment to kill never came"
             time.sleep(0.002)
-        os.killpg(child.pid, signal.SIGKILL)  # the embedded Prefect server is in the same group
+        servers = psutil.Process(child.pid).children(recursive=True)
+        child.kill()
+        _, left = psutil.wait_procs(servers, timeout=30)
+        assert not left, "the embedded Prefect server outlived its run"
     output, _ = child.communicate(timeout=180)
     assert child.returncode == (0 if kill_when is None else -signal.SIGKILL), output
     return output
@@ -80,3 +83,20 @@ def test_killed_runs_go_on_where_they_stopped(home: Path, tmp_path: Path) -> Non
         versions = client.search_model_versions(f"name = '{name}'")
         assert sorted(int(one.version) for one in versions) == [1, 2, 3]
     assert "nothing to do" in run(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_runs_killed_at_random_moments(home: Path, tmp_path: Path) -> None:
+    chain(load_chain("smoke"))
+    expected = here().store
+    total = len(list(expected.objects.list("")))
+    killed = tmp_path / "killed"
+    store = ArtifactStore(DirectoryObjects(killed / "store"))
+    moments = sorted(random.Random(0).sample(range(10, total - 5), 8))
+    for moment in moments:
+        run(killed, kill_when=lambda: len(list(store.objects.list(""))) >= moment)  # noqa: B023
+    run(killed)
+    assert journal(store) == journal(expected)
+    assert set(store.refs()) == set(expected.refs())
+    assert not verify(store, store.refs()).findings
