@@ -2,7 +2,7 @@
 #   make demo       the main job on real data, in about a minute        make test      the tests
 #   make ui         MLflow and Prefect on this machine                  make test-all  the slow ones too
 #   make lint       format, types, import directions                    make bench     speed and memory, as ratios
-#   make clean      remove what the targets made, the demo's store included
+#   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
 PYTHON ?= python3
 PIP    := .venv/bin/pip --disable-pip-version-check
@@ -37,7 +37,7 @@ bench: .venv/.dev
 	.venv/bin/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv .deltaworks build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Deltaworks needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -47,7 +47,8 @@ def compress_update(update: UpdateRef, codec: AnyCodec, store: ArtifactStore, de
             codec=decoder(codec),
             rank=record.rank,
         )
-    draft.facts.update({**source.manifest.facts, **facts, **sizes(draft.records)})
+    kept = {name: fact for name, fact in source.manifest.facts.items() if name != "norm"}  # that of the exact update
+    draft.facts.update({**kept, **facts, **sizes(draft.records)})
     return UpdateRef(draft.commit())
 
 

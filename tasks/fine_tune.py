@@ -21,7 +21,7 @@ from tasks.checkpoints import HISTORY, load_model, skeleton_of
 from tasks.exclusive import PROCESS_STATE
 from tasks.suites import AnySuite
 from tasks.suites.base import Trainable
-from tasks.tensors import check_finite, dtype_name, prefixed
+from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
 from tasks.tuners import AnyTuner, Factors
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
@@ -146,6 +146,9 @@ def _store(
     changed = dict(tuner.collect(backbone, skeleton_of(source)))
     for record in source.manifest.tensors:
         value = changed.pop(record.name, None)
+        if isinstance(value, Factors) and record.rank is not None:
+            # the base is low-rank here itself, and factors can only be stated against a dense blob
+            value = read_tensor(source, record.name) + value.B @ value.A
         if value is None:
             draft.share(record)
         elif isinstance(value, Factors):

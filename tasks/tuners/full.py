@@ -32,4 +32,5 @@ class Full(Training):
     def collect(self, backbone: PreTrainedModel, skeleton: Skeleton) -> Iterator[tuple[str, Tensor | Factors]]:
         for name, parameter in backbone.named_parameters():
             if parameter.requires_grad:
-                yield skeleton.canonical(name), parameter.detach()
+                canonical = skeleton.canonical(name)
+                yield skeleton.tied.get(canonical, canonical), parameter.detach()

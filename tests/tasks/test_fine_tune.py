@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput
@@ -14,9 +15,11 @@ from storage.refs import CheckpointRef
 from tasks.data import Digits
 from tasks.digits_base import DigitsBase, train_digits_base
 from tasks.evaluate import evaluate, leading
+from tasks.extract import Extract, extract_update
 from tasks.fine_tune import fine_tune
 from tasks.suites import ImageClassification
 from tasks.suites.heads import Orthonormal
+from tasks.tensors import decode_record, read_tensor
 from tasks.tuners import Full, Lora
 
 SUITE = ImageClassification(data=Digits(view="rot90", limit=128), head=Orthonormal())
@@ -88,6 +91,19 @@ def test_lora_stores_factors_on_the_bases_blobs(store: ArtifactStore, base: Chec
         else:
             assert record.rank == 4
             assert record.onto == before.record(record.name).blob
+
+
+def test_lora_on_a_lora_tuned_model(store: ArtifactStore, base: CheckpointRef) -> None:
+    """The second adapter is stated against what the first one made of the base, not against the first one's blob."""
+    first = fine_tune(base, "rot90", SUITE, LORA, store)
+    second = fine_tune(first, "rot90", SUITE, replace(LORA, seed=1), store)
+    before, after = store.open(first), store.open(second)
+    update = store.open(extract_update(first, second, Extract(), store))
+    name = "layers.0.mlp.fc1.weight"
+    assert after.record(name).rank is None
+    delta = decode_record(update.record(name), update.parts(name))
+    assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 4
+    torch.testing.assert_close(read_tensor(before, name) + delta, read_tensor(after, name))
 
 
 def test_training_learns(store: ArtifactStore) -> None:
