@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"  # some tests call a step alone
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("DELTAWORKS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DELTAWORKS_DEVICE"):
     os.environ.pop(_name, None)
