@@ -108,7 +108,8 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
 def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: list[Prepared]) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
     journal = Line(here().store.objects, line.name)
-    opened = journal.open(base, line.merger.spec())
+    journal.open(base, line.merger.spec())
+    head = journal.head()  # before the history is read: a merge that comes in between makes the commit fail, not vanish
     entries = journal.history()
     grown = Grown(line.name)
     alone = {one.task.name: leading(here().store.open(one.alone))[one.task.name] for one in prepared}
@@ -121,9 +122,9 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
         held = before.state if before else None
         state = _run(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.merger)
         if number == len(entries):
-            newest = journal.head() if entries else opened
             label = f"{line.name}: commit {name}"
-            entries.append(_run(steps.commit, label, line.name, newest, name, one.update, state))
+            head = _run(steps.commit, label, line.name, head, name, one.update, state)
+            entries.append(head)
         model = _run(steps.materialize, f"{line.name}: write {name}", base, state)
         seen = [task.task for task in prepared[: number + 1]]
         scores = _run(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, base)

@@ -36,10 +36,6 @@ def parse_ref(text: str, kind: Kind | None = None) -> Ref:
     return Ref(text)
 
 
-def kind_of(ref: Ref) -> str:
-    return ref.split("/", 1)[0]
-
-
 def short(ref: str, digits: int = 12) -> str:
     """The ref with its first digits only, for people: `update/1b2c3d4e5f60`."""
     kind, _, digest = ref.partition("/")

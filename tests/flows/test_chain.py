@@ -20,7 +20,7 @@ from flows.chain import Outcome, chain
 from flows.workplace import here
 from storage.errors import Conflict, Missing
 from storage.lines import Line
-from storage.refs import Ref, UpdateRef
+from storage.refs import Ref, StateRef, UpdateRef
 from storage.verify import verify
 from tasks.codecs import Ternary
 from tasks.evaluate import leading
@@ -154,6 +154,24 @@ def test_a_line_does_not_change_its_history() -> None:
     other = replace(config, lines=(replace(config.lines[0], merger=Opcm(alpha=0.25)),))
     with pytest.raises(Conflict, match="opened with merger"):
         chain(other)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_merge_that_comes_in_between_is_not_lost(count: Count) -> None:
+    """Somebody else commits to the line after this chain has folded, and before it commits."""
+    config = short_chain()
+    store = here().store
+    line = Line(store.objects, config.lines[0].name)
+    theirs = UpdateRef(Ref(f"update/{'7' * 64}"))
+
+    def interfere(label: str) -> None:
+        if label.endswith("merge invert"):
+            line.fold(line.head(), "theirs", theirs, StateRef(Ref(f"state/{'7' * 64}")))
+
+    count.finished = interfere  # type: ignore[method-assign]
+    with pytest.raises(Conflict, match="entry 2 already holds update/7777"):
+        chain(config)
+    assert [entry.task for entry in line.history()] == ["rot90", "theirs"]
 
 
 @pytest.mark.usefixtures("home", "count")
