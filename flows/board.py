@@ -15,7 +15,6 @@ class Board:
     def __init__(self, console: Console, quiet: bool, total: int) -> None:
         self.done = 0
         self.reused_steps = 0
-        self.retries = 0
         self._console = console
         self._bars = console.is_terminal and not quiet
         self._lines = not console.is_terminal and not quiet
@@ -57,7 +56,6 @@ class Board:
         self._close(label)
 
     def waiting(self, label: str, why: str) -> None:
-        self.retries += 1
         if self._bars or self._lines:
             self._console.print(f"[yellow]trying again:[/] {label}: {why}", highlight=False)
 

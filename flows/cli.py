@@ -52,7 +52,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   MLFLOW_TRACKING_URI  an MLflow server, instead of the embedded database
 
-  PREFECT_API_URL      a Prefect server, instead of one inside the process
+  PREFECT_API_URL      a Prefect server, instead of one that each run starts
 
   DELTAWORKS_DEVICE    cpu or cuda; DELTAWORKS_THREADS: CPU threads of torch (1)
 """,

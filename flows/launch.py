@@ -23,9 +23,8 @@ from storage.tables import write_rows
 
 def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool) -> Outcome:
     """Run `config` and report on `console`."""
-    next(
-        place.store.objects.list("line/"), None
-    )  # an unreachable or forbidden store is said now, not after the first training
+    # an unreachable or forbidden store is said now, not after the first training
+    next(place.store.objects.list("line/"), None)
     if not quiet:
         lines = ", ".join(line.name for line in config.lines)
         console.print(f"[bold]{config.name}[/]: {len(config.tasks)} tasks into {lines}")

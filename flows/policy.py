@@ -27,7 +27,7 @@ from tasks.choice import Choice, plain
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref)
 
-RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds; together longer than a service needs to restart
+RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds between attempts
 
 
 def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:

@@ -112,7 +112,7 @@ class Line:
                 holds = short(found.update) if found and found.update else "another entry"
                 raise Conflict(
                     f"line {self.name!r}: entry {entry.number} already holds {holds}",
-                    remedy="Somebody else merged into this line at the same time; run again to merge on top of it",
+                    remedy=f"Somebody else merged at the same time: see `deltaworks line log {self.name}`",
                 )
         return entry
 

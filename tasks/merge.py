@@ -35,7 +35,10 @@ def fold_update(
     if before is not None and before.names != [record.name for record in records]:
         different = sorted(set(before.names) ^ {record.name for record in records})
         raise Mismatch(
-            f"tensors of {short(update)}", expected=f"those of {short(before.ref)}", found=f"differing: {different[:5]}"
+            f"tensors of {short(update)}",
+            expected=f"those of {short(before.ref)}",
+            found=f"differing: {different[:5]}",
+            remedy="All updates of a line must cover the same tensors: tune the same architecture for every task",
         )
 
     def deltas() -> Iterator[Tensor]:

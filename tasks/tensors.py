@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from storage.artifacts import Artifact, Parts
-from storage.errors import InvalidInput
+from storage.errors import InvalidInput, Mismatch
 from storage.manifest import TensorRecord
 from storage.refs import short
 from tasks.codecs import decode_parts
@@ -90,8 +90,6 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
 
 def check_base(what: Artifact, base: str, *, role: str) -> None:
     """Refuse an artifact that was made from another base."""
-    from storage.errors import Mismatch
-
     found = what.manifest.lineage.inputs.get("base")
     if found != base:
         raise Mismatch(

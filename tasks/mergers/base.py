@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tasks.choice import Choice
 from tasks.select import Stream
 
 Parts = dict[str, Tensor]
@@ -57,6 +58,22 @@ class Merger(Protocol):
     def delta(self, state: Parts, facts: Facts) -> Tensor:
         """Merged minus base for one tensor, in the dtype of the state."""
         ...
+
+
+@dataclass(frozen=True)
+class RunningSum(Choice):
+    """What mergers share whose state is the sum of the updates, and which differ only in what they make of it."""
+
+    def survey(self, deltas: Stream) -> Facts:
+        return {}
+
+    def fold(
+        self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
+    ) -> tuple[Parts, Sums]:
+        return {"sum": delta if state is None else state["sum"] + delta}, {}
+
+    def close(self, facts: Facts, sums: Sums) -> Facts:
+        return {"count": counted(facts)}
 
 
 def squared_norm(tensor: Tensor) -> float:

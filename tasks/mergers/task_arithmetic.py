@@ -7,13 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from tasks.choice import Choice, require
-from tasks.mergers.base import Facts, Parts, Sums, Target, counted
-from tasks.select import Stream
+from tasks.choice import require
+from tasks.mergers.base import Facts, Parts, RunningSum
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(Choice):
+class TaskArithmetic(RunningSum):
     """delta_t = scale * sum of tau_i (equation 2 of the paper; 0.3 is the usual scale for many tasks)."""
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
@@ -22,17 +21,6 @@ class TaskArithmetic(Choice):
 
     def __post_init__(self) -> None:
         require(self.scale > 0, "scale", "positive", self.scale)
-
-    def survey(self, deltas: Stream) -> Facts:
-        return {}
-
-    def fold(
-        self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
-    ) -> tuple[Parts, Sums]:
-        return {"sum": delta if state is None else state["sum"] + delta}, {}
-
-    def close(self, facts: Facts, sums: Sums) -> Facts:
-        return {"count": counted(facts)}
 
     def delta(self, state: Parts, facts: Facts) -> Tensor:
         return state["sum"] * self.scale
