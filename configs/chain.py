@@ -13,13 +13,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from storage.errors import InvalidInput
-from tasks.choice import BY_NAME, choices
+from tasks.choice import BY_NAME, choices, require
 from tasks.codecs import AnyCodec, Ternary
 from tasks.data import AnyData
 from tasks.digits_base import DigitsBase
 from tasks.extract import Extract
 from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
+from tasks.recipe import Recipe
+from tasks.scalings import AnyScaling
+from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
 from tasks.suites.heads import AnyHead
 from tasks.tuners import AnyTuner, Full
@@ -32,7 +35,10 @@ AnyBase = Annotated[DigitsBase | Checkpoint, BY_NAME]
 
 @dataclass(frozen=True)
 class Task:
-    """One fine-tuning: what to learn, and how. With `checkpoint` it was trained elsewhere and is only read in."""
+    """One fine-tuning: what to learn, and how. With `checkpoint` it was trained elsewhere and is only read in.
+
+    `weight`: how much its update counts in mergers that have weights.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -40,16 +46,29 @@ class Task:
     suite: AnySuite
     tuner: AnyTuner | None = None
     checkpoint: Checkpoint | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "weight", "positive", self.weight)
 
 
 @dataclass(frozen=True)
 class LineConfig:
-    """One merged model: the name of its line and of its registered model, and how updates enter it."""
+    """One merged model: the name of its line and of its registered model, and how updates enter it.
+
+    `sparsify` thins each update before it is merged, `scaling` sets the size of the merged delta.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: str
     merger: AnyMerger
+    sparsify: AnySparsifier | None = None
+    scaling: AnyScaling | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.merger, self.sparsify, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,7 @@ def _close(word: str, known: Iterable[str]) -> str:
 
 def _owner(loc: tuple[Any, ...]) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
-    families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnySuite, AnyTuner)
+    families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
     for family in families:
         known |= choices(family)

@@ -7,12 +7,13 @@ floating point between devices and thread counts).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from storage.errors import InvalidInput
+from tasks.parallel import Budget, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Settings:
     device:   cpu, cuda, cuda:1 ...                                       DELTAWORKS_DEVICE      cuda if there
     threads:  of torch on the CPU; 1 is fastest for small models, and     DELTAWORKS_THREADS     1
               results are bit-identical only between equal numbers
+    budget:   how many tensors are worked on at once (results do not      DELTAWORKS_WORKERS     cores, up to 16
+              depend on it), and the memory they may take together        DELTAWORKS_MEMORY      4GiB
     """
 
     home: Path
@@ -31,20 +34,29 @@ class Settings:
     tracking: str
     device: str
     threads: int
+    budget: Budget = field(default_factory=Budget)
 
     @classmethod
     def from_environment(cls) -> Settings:
         home = Path(os.environ.get("DELTAWORKS_HOME", ".deltaworks")).expanduser().absolute()
-        threads = os.environ.get("DELTAWORKS_THREADS", "1")
-        if not threads.isdecimal() or threads == "0":
-            raise InvalidInput(f"DELTAWORKS_THREADS must be a positive whole number, found {threads!r}")
         return cls(
             home=home,
             store=os.environ.get("DELTAWORKS_STORE") or (home / "store").as_uri(),
             tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
             device=_device(os.environ.get("DELTAWORKS_DEVICE")),
-            threads=int(threads),
+            threads=_count("DELTAWORKS_THREADS", 1),
+            budget=Budget(
+                workers=_count("DELTAWORKS_WORKERS", Budget().workers),
+                memory=parse_bytes(os.environ.get("DELTAWORKS_MEMORY", "4GiB")),
+            ),
         )
+
+
+def _count(name: str, default: int) -> int:
+    found = os.environ.get(name, str(default))
+    if not found.isdecimal() or int(found) == 0:
+        raise InvalidInput(f"{name} must be a positive whole number, found {found!r}")
+    return int(found)
 
 
 def _device(wanted: str | None) -> str:

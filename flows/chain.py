@@ -108,7 +108,7 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
 def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: list[Prepared]) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
     journal = Line(here().store.objects, line.name)
-    journal.open(base, line.merger.spec())
+    journal.open(base, line.recipe.spec())
     head = journal.head()  # before the history is read: a merge that comes in between makes the commit fail, not vanish
     entries = journal.history()
     grown = Grown(line.name)
@@ -120,7 +120,7 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
             _check_history(line.name, entries[number], one, number)
         before = entries[number - 1] if number else None
         held = before.state if before else None
-        state = _run(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.merger)
+        state = _run(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.recipe, one.task.weight)
         if number == len(entries):
             label = f"{line.name}: commit {name}"
             head = _run(steps.commit, label, line.name, head, name, one.update, state)

@@ -23,6 +23,7 @@ from storage.errors import Unavailable
 from storage.manifest import canonical, digest
 from storage.refs import Ref
 from tasks.choice import Choice, plain
+from tasks.recipe import Recipe
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref)
@@ -86,6 +87,8 @@ def _content(value: Any) -> Any:
         return [_content(one) for one in value]
     if hasattr(value, "suite"):  # a task: its name and what it asks, but not how models are tuned for it
         return [value.name, _content(value.suite)]
+    if isinstance(value, Recipe):
+        return value.spec()
     if isinstance(value, Choice):
         fingerprint = getattr(value, "fingerprint", None)
         return [value.spec(), fingerprint() if fingerprint else None]

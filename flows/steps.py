@@ -25,7 +25,7 @@ from tasks.digits_base import DigitsBase
 from tasks.evaluate import Summary
 from tasks.extract import Extract
 from tasks.ingest import Checkpoint
-from tasks.mergers import AnyMerger
+from tasks.recipe import Recipe
 from tasks.suites import AnySuite
 from tasks.tuners import AnyTuner
 
@@ -61,14 +61,28 @@ def compress(update: UpdateRef, codec: AnyCodec) -> UpdateRef:
     return tasks.compress.compress_update(update, codec, here().store, here().settings.device)
 
 
-@once(version=1)
-def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, merger: AnyMerger) -> StateRef:
-    return tasks.merge.fold_update(base, state, update, merger, here().store, here().settings.device)
+@once(version=2)
+def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, recipe: Recipe, weight: float) -> StateRef:
+    place = here()
+    settings = place.settings
+    return tasks.merge.fold_update(
+        base,
+        state,
+        update,
+        recipe,
+        place.store,
+        settings.device,
+        weight=weight,
+        budget=settings.budget,
+        report=_report(),
+    )
 
 
-@once(version=1)
+@once(version=2)
 def materialize(base: CheckpointRef, state: StateRef) -> CheckpointRef:
-    return tasks.merge.materialize(base, state, here().store, here().settings.device)
+    place = here()
+    settings = place.settings
+    return tasks.merge.materialize(base, state, place.store, settings.device, budget=settings.budget, report=_report())
 
 
 @once(version=1)
@@ -100,4 +114,7 @@ def head_model(line: str) -> CheckpointRef:
     head = Line(here().store.objects, line).head()
     if head.state is None:
         raise InvalidInput(f"line {line!r} has no merges yet", remedy="Run the chain that grows it")
-    return tasks.merge.materialize(head.base, head.state, here().store, here().settings.device)
+    place = here()
+    return tasks.merge.materialize(
+        head.base, head.state, place.store, place.settings.device, budget=place.settings.budget
+    )

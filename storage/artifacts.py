@@ -105,9 +105,9 @@ class Draft:
         onto: str | None = None,
     ) -> TensorRecord:
         """Store one tensor's parts and list them under `name`."""
-        data = encode_parts(parts)
-        blob = self._store.write_blob(data)
-        record = TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto)
+        record = self._store.write_tensor(
+            name, parts, role=role, dtype=dtype, shape=shape, codec=codec, rank=rank, onto=onto
+        )
         self.share(record)
         return record
 
@@ -180,6 +180,22 @@ class ArtifactStore:
         if found:
             raise InvalidInput(f"{text} could be {len(found)} artifacts", remedy="Give more digits of the ref")
         raise Missing(f"no {kind} in {self.url} begins with {start!r}")
+
+    def write_tensor(
+        self,
+        name: str,
+        parts: Mapping[str, Tensor],
+        *,
+        role: str,
+        dtype: str,
+        shape: Sequence[int],
+        codec: str = "dense@1",
+        rank: int | None = None,
+        onto: str | None = None,
+    ) -> TensorRecord:
+        """Store one tensor's parts; the record lists them in a draft, here or wherever the manifest is written."""
+        data = encode_parts(parts)
+        return TensorRecord(name, role, dtype, tuple(shape), self.write_blob(data), len(data), codec, rank, onto)
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""

@@ -15,6 +15,8 @@ from tasks.choice import Choice, choices
 from tasks.codecs import AnyCodec
 from tasks.data import AnyData
 from tasks.mergers import AnyMerger
+from tasks.scalings import AnyScaling
+from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
 from tasks.suites.heads import AnyHead
 from tasks.tuners import AnyTuner
@@ -24,7 +26,15 @@ HOUSE = ("flows", "configs", "tasks", "storage")
 FILES = sorted(path.relative_to(ROOT) for room in HOUSE for path in (ROOT / room).rglob("*.py"))
 LIMIT = 300
 
-FOLDERS = {"codecs": AnyCodec, "mergers": AnyMerger, "tuners": AnyTuner, "suites": AnySuite, "data": AnyData}
+FOLDERS = {
+    "codecs": AnyCodec,
+    "mergers": AnyMerger,
+    "sparsifiers": AnySparsifier,
+    "scalings": AnyScaling,
+    "tuners": AnyTuner,
+    "suites": AnySuite,
+    "data": AnyData,
+}
 FAMILIES = {**FOLDERS, "heads": AnyHead, "bases": AnyBase}
 DOORS = {
     "prefect": ("flows/",),

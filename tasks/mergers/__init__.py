@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tasks.choice import BY_NAME, choices
 from tasks.mergers.average import Average
-from tasks.mergers.base import Facts, Merger, Parts, Sums, Target
+from tasks.mergers.base import Facts, Joint, Merger, Parts, Sequential, Sums, Target
 from tasks.mergers.opcm import Opcm
 from tasks.mergers.task_arithmetic import TaskArithmetic
 from tasks.mergers.ties import Ties
@@ -20,9 +20,11 @@ __all__ = [
     "AnyMerger",
     "Average",
     "Facts",
+    "Joint",
     "Merger",
     "Opcm",
     "Parts",
+    "Sequential",
     "Sums",
     "Target",
     "TaskArithmetic",

@@ -1,21 +1,23 @@
-"""Average: the mean of the updates, which is the mean of the tuned models (model soups, arXiv 2203.05482)."""
+"""Average: the weighted mean of the updates, which is that of the tuned models (model soups, arXiv 2203.05482)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tasks.mergers.base import Facts, Parts, RunningSum
+from tasks.mergers.base import Facts, Parts, RunningSum, Target
 
 
 @dataclass(frozen=True)
 class Average(RunningSum):
-    """delta_t = (1/t) sum of tau_i. The state is the sum; the division happens when the model is written."""
+    """delta_t = sum of w_i tau_i / sum of w_i. The state is the sum; the division happens when the model is written."""
+
+    source: ClassVar[str] = "arXiv 2203.05482"
 
     name: Literal["average"] = "average"
     version: Literal[1] = 1
 
-    def delta(self, state: Parts, facts: Facts) -> Tensor:
-        return state["sum"] / facts["count"]
+    def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
+        return state["sum"] / facts["weight"]

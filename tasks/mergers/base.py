@@ -1,16 +1,18 @@
-"""What a merger is: a fold over updates, one tensor at a time, in constant memory.
+"""What a merger is. Sequential mergers are folds over updates, in constant memory; joint mergers need all updates.
 
-For every update, in order: `survey` the whole update; `fold` each of its tensors into the state's parts; add up the
-`Sums` that the folds return; `close` turns them into the facts of the new state. `delta` then gives merged minus base,
-tensor by tensor. A fold never needs the tensors of earlier updates, so memory does not grow with their number, and
-tensors may be folded anywhere in any order as long as their sums are added in the order of their names.
+Sequential: for every update, in order, `survey` the whole update; `fold` each of its tensors into the state's parts;
+add up the `Sums` that the folds return; `close` turns them into the facts of the new state. `delta` then gives merged
+minus base, tensor by tensor. A fold never needs the tensors of earlier updates, so memory does not grow with their
+number, and tensors may be folded anywhere in any order as long as their sums are added in the order of their names.
+
+Joint: the state is the list of the updates. `combine` sees one tensor of all of them when the model is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from tasks.choice import Choice
 from tasks.select import Stream
 
 Parts = dict[str, Tensor]
-Facts = Mapping[str, float]  # whole-model numbers of a state
+Facts = Mapping[str, float]  # whole-model numbers of a state or of an update
 Sums = Mapping[str, float]  # one tensor's share of them
 
 
@@ -31,49 +33,93 @@ class Target:
     role: str
 
 
-class Merger(Protocol):
-    @property
-    def name(self) -> str: ...
+@dataclass(frozen=True)
+class Merger(Choice):
+    """What `deltaworks mergers` tells of every merger.
 
-    @property
-    def version(self) -> int: ...
+    source:     where the method comes from
+    state_size: numbers kept per parameter of the model
+    weighted:   whether an update may count more than another
+    """
 
-    def survey(self, deltas: Stream) -> Facts:
-        """Numbers of the whole incoming update that `fold` needs, such as a threshold."""
-        ...
+    source: ClassVar[str]
+    state_size: ClassVar[str]
+    weighted: ClassVar[bool] = False
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Sequential(Merger):
+    """A fold. A tensor's parts depend on that tensor, the facts and the survey alone."""
+
+    def survey(self, deltas: Stream, merged: Stream | None) -> Facts:
+        """Numbers of the whole incoming update that `fold` needs, such as a threshold.
+
+        `merged` is the state's own delta, tensor by tensor in the order of `deltas`; None before the first update.
+        The caller adds `weight`, how much this update counts (1 unless the config says otherwise).
+        """
+        return {}
 
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
         """The parts after merging `delta` [shape of the parameter] into `state`; None before the first update.
 
-        `facts` belong to the state before (empty at the first update), `survey` to the update.
+        `facts` belong to the state before (empty at the first update), `survey` to the update. Inputs stay as they
+        are: a part may be the input itself, but is never changed in place.
         """
-        ...
+        raise NotImplementedError
 
-    def close(self, facts: Facts, sums: Sums) -> Facts:
-        """The facts of the new state from those of the old one and the sums over all tensors."""
-        ...
+    def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
+        """The facts of the new state from those of the old one, the sums over all tensors, and the survey."""
+        return {"count": counted(facts)}
 
-    def delta(self, state: Parts, facts: Facts) -> Tensor:
+    def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         """Merged minus base for one tensor, in the dtype of the state."""
-        ...
+        raise NotImplementedError
+
+    def workspace(self) -> float:
+        """Memory that folding or writing one tensor takes, in multiples of the tensor in float32."""
+        return 8
 
 
 @dataclass(frozen=True)
-class RunningSum(Choice):
+class Joint(Merger):
+    """A method that needs one tensor of all updates at once."""
+
+    state_size: ClassVar[str] = "none: reads the stored updates"
+
+    def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
+        """Merged minus base for one tensor. `base` and `deltas` have its shape, in float32 or float64."""
+        raise NotImplementedError
+
+    def workspace(self, updates: int) -> float:
+        """Memory that writing one tensor takes, in multiples of the tensor in float32."""
+        return 3 * updates + 6
+
+
+@dataclass(frozen=True)
+class RunningSum(Sequential):
     """What mergers share whose state is the sum of the updates, and which differ only in what they make of it."""
 
-    def survey(self, deltas: Stream) -> Facts:
-        return {}
+    state_size: ClassVar[str] = "1"
+    weighted: ClassVar[bool] = True
 
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
-        return {"sum": delta if state is None else state["sum"] + delta}, {}
+        share = delta if weight_of(survey) == 1 else delta * weight_of(survey)
+        return {"sum": share if state is None else state["sum"] + share}, {}
 
-    def close(self, facts: Facts, sums: Sums) -> Facts:
-        return {"count": counted(facts)}
+    def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
+        """`weight`: the sum of the updates' weights."""
+        return {"count": counted(facts), "weight": facts.get("weight", 0.0) + weight_of(survey)}
+
+
+def weight_of(survey: Facts) -> float:
+    return survey.get("weight", 1.0)
 
 
 def squared_norm(tensor: Tensor) -> float:

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tasks.choice import Choice, require
-from tasks.mergers.base import Facts, Parts, Sums, Target, counted, squared_norm
-from tasks.select import Stream
+from tasks.choice import require
+from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, squared_norm
 
 
 @dataclass(frozen=True)
-class Opcm(Choice):
+class Opcm(Sequential):
     """`alpha`: share of the sum of singular values whose directions are protected from the newcomer.
 
     variant
@@ -38,6 +37,9 @@ class Opcm(Choice):
     accumulate: dtype of the state, whatever the dtype of the files.
     """
 
+    source: ClassVar[str] = "arXiv 2501.09522"
+    state_size: ClassVar[str] = "1"
+
     name: Literal["opcm"] = "opcm"
     version: Literal[1] = 1
     alpha: float = 0.5
@@ -48,9 +50,6 @@ class Opcm(Choice):
     def __post_init__(self) -> None:
         # at alpha = 1 rounding of the cumulated sum decides between protecting everything and nothing
         require(0 <= self.alpha < 1, "alpha", "in [0, 1)", self.alpha)
-
-    def survey(self, deltas: Stream) -> Facts:
-        return {}
 
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
@@ -66,14 +65,14 @@ class Opcm(Choice):
             merged = state["sum"] + tau
         return {"sum": merged}, {"update": squared_norm(tau), "merged": squared_norm(merged)}
 
-    def close(self, facts: Facts, sums: Sums) -> Facts:
+    def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
         """`norms`: sum of the updates' norms. `scale`: n_t / |S_t|, which is 1 / lambda_t."""
         count = counted(facts)
         norms = facts.get("norms", 0.0) + math.sqrt(sums["update"])
         merged = math.sqrt(sums["merged"])
         return {"count": count, "norms": norms, "scale": norms / count / merged if merged else 1.0}
 
-    def delta(self, state: Parts, facts: Facts) -> Tensor:
+    def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         return state["sum"] * facts["scale"]
 
     def _projected(self, target: Target, tau: Tensor) -> bool:

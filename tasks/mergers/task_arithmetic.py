@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.mergers.base import Facts, Parts, RunningSum
+from tasks.mergers.base import Facts, Parts, RunningSum, Target
 
 
 @dataclass(frozen=True)
 class TaskArithmetic(RunningSum):
     """delta_t = scale * sum of tau_i (equation 2 of the paper; 0.3 is the usual scale for many tasks)."""
+
+    source: ClassVar[str] = "arXiv 2212.04089"
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
     version: Literal[1] = 1
@@ -22,5 +24,5 @@ class TaskArithmetic(RunningSum):
     def __post_init__(self) -> None:
         require(self.scale > 0, "scale", "positive", self.scale)
 
-    def delta(self, state: Parts, facts: Facts) -> Tensor:
+    def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         return state["sum"] * self.scale

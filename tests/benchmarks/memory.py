@@ -15,6 +15,7 @@ from storage.objects import DirectoryObjects
 from storage.refs import CheckpointRef, StateRef, UpdateRef
 from tasks.merge import fold_update
 from tasks.mergers import MERGERS
+from tasks.recipe import Recipe
 from tests.builders import checkpoint_of, update_of
 
 _SHAPE = (2048, 1024)
@@ -30,7 +31,7 @@ def peak_of_fold(merger: str, count: int) -> float:
         names = [f"layer.{number:02d}.weight" for number in range(count)]
         base = checkpoint_of({name: torch.zeros(_SHAPE) for name in names}, store)
         update = update_of({name: torch.randn(_SHAPE) for name in names}, base, store)
-        state = fold_update(base, None, update, MERGERS[merger](), store)
+        state = fold_update(base, None, update, Recipe(MERGERS[merger]()), store)
         command = [sys.executable, "-m", "tests.benchmarks.memory", folder, merger, base, state, update]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **_STEADY})
         return float(done.stdout) / _BYTES
@@ -55,7 +56,7 @@ def _fold(folder: str, merger: str, base: str, state: str, update: str) -> int:
     _forget_peak()
     before = _resident("VmRSS")
     refs = CheckpointRef(base), StateRef(state), UpdateRef(update)  # type: ignore[arg-type]
-    fold_update(*refs, MERGERS[merger](), store)
+    fold_update(*refs, Recipe(MERGERS[merger]()), store)
     return _resident("VmHWM") - before
 
 

@@ -14,17 +14,20 @@ from storage.artifacts import encode_parts
 from storage.errors import InvalidInput
 from storage.manifest import canonical
 from tasks.choice import Choice
-from tasks.mergers import MERGERS, Average, Merger, Opcm, Parts, Target, TaskArithmetic, Ties
+from tasks.mergers import MERGERS, Average, Opcm, Parts, Sequential, Target, TaskArithmetic, Ties
 from tests.builders import random_tensors, role_of
 
 State = tuple[dict[str, Parts], Mapping[str, float]]
 Update = dict[str, Tensor]
 
 
-def fold(merger: Merger, state: State | None, update: Update, role: Callable[[str, Tensor], str] = role_of) -> State:
+def fold(
+    merger: Sequential, state: State | None, update: Update, role: Callable[[str, Tensor], str] = role_of
+) -> State:
     """What `fold_update` does, without a store."""
-    survey = merger.survey(lambda: update.values())
     before, facts = state if state is not None else ({}, {})
+    merged = None if state is None else lambda: delta(merger, state, role).values()
+    survey = merger.survey(lambda: update.values(), merged)
     parts: dict[str, Parts] = {}
     sums: dict[str, float] = {}
     for name, delta in update.items():
@@ -32,10 +35,10 @@ def fold(merger: Merger, state: State | None, update: Update, role: Callable[[st
         parts[name], share = merger.fold(before.get(name), delta, target, facts, survey)
         for key, value in share.items():
             sums[key] = sums.get(key, 0.0) + value
-    return parts, merger.close(facts, sums)
+    return parts, merger.close(facts, sums, survey)
 
 
-def fold_all(merger: Merger, updates: list[Update]) -> State:
+def fold_all(merger: Sequential, updates: list[Update]) -> State:
     state = None
     for update in updates:
         state = fold(merger, state, update)
@@ -43,9 +46,13 @@ def fold_all(merger: Merger, updates: list[Update]) -> State:
     return state
 
 
-def delta(merger: Merger, state: State) -> Update:
+def delta(merger: Sequential, state: State, role: Callable[[str, Tensor], str] = role_of) -> Update:
     parts, facts = state
-    return {name: merger.delta(one, facts) for name, one in parts.items()}
+    shapes = random_tensors(0)  # a role needs the shape, which a state's parts need not show
+    return {
+        name: merger.delta(one, facts, Target(name, role(name, shapes.get(name, next(iter(one.values()))))))
+        for name, one in parts.items()
+    }
 
 
 def updates(count: int) -> list[Update]:
@@ -63,15 +70,18 @@ def through_store(state: State) -> State:
     return read, json.loads(canonical(dict(facts)))
 
 
-@pytest.fixture(params=MERGERS.values(), ids=MERGERS.keys())
-def merger(request: pytest.FixtureRequest) -> Merger:
-    """Every merger of the table, with its defaults."""
-    made: Merger = request.param()
+SEQUENTIAL = {name: kind for name, kind in MERGERS.items() if issubclass(kind, Sequential)}
+
+
+@pytest.fixture(params=SEQUENTIAL.values(), ids=SEQUENTIAL.keys())
+def merger(request: pytest.FixtureRequest) -> Sequential:
+    """Every sequential merger of the table, with its defaults."""
+    made: Sequential = request.param()
     return made
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_merged_deltas_are_finite_and_have_the_shape(merger: Merger, count: int) -> None:
+def test_merged_deltas_are_finite_and_have_the_shape(merger: Sequential, count: int) -> None:
     merged = delta(merger, fold_all(merger, updates(count)))
     for name, tensor in random_tensors(0).items():
         assert merged[name].shape == tensor.shape
@@ -80,7 +90,7 @@ def test_merged_deltas_are_finite_and_have_the_shape(merger: Merger, count: int)
         assert merged[name].any()
 
 
-def test_resuming_from_a_file_changes_no_bit(merger: Merger) -> None:
+def test_resuming_from_a_file_changes_no_bit(merger: Sequential) -> None:
     kept, resumed = fold(merger, None, updates(1)[0]), through_store(fold(merger, None, updates(1)[0]))
     for update in updates(4)[1:]:
         kept, resumed = fold(merger, kept, update), through_store(fold(merger, resumed, update))
@@ -89,14 +99,14 @@ def test_resuming_from_a_file_changes_no_bit(merger: Merger) -> None:
         assert torch.equal(tensor, delta(merger, resumed)[name]), name
 
 
-def test_the_state_does_not_grow(merger: Merger) -> None:
+def test_the_state_does_not_grow(merger: Sequential) -> None:
     def size(count: int) -> int:
         return sum(len(encode_parts(parts)) for parts in fold_all(merger, updates(count))[0].values())
 
     assert size(2) == size(8)
 
 
-def test_folding_leaves_its_inputs_alone(merger: Merger) -> None:
+def test_folding_leaves_its_inputs_alone(merger: Sequential) -> None:
     state = fold_all(merger, updates(2))
     before = through_store(state)
     update = updates(3)[2]
@@ -108,12 +118,12 @@ def test_folding_leaves_its_inputs_alone(merger: Merger) -> None:
         assert all(torch.equal(part, before[0][name][key]) for key, part in parts.items())
 
 
-def test_updates_of_zeros_only_merge_to_zeros(merger: Merger) -> None:
+def test_updates_of_zeros_only_merge_to_zeros(merger: Sequential) -> None:
     merged = delta(merger, fold_all(merger, [zeros(), zeros(), zeros()]))
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in merged.values())
 
 
-def test_an_update_of_zeros_turns_no_direction(merger: Merger) -> None:
+def test_an_update_of_zeros_turns_no_direction(merger: Sequential) -> None:
     """It may weaken what is there (a mean has one more member), tensor by tensor by the same factor."""
     before = fold_all(merger, updates(2))
     after = delta(merger, fold(merger, before, zeros()))
@@ -126,7 +136,7 @@ def test_an_update_of_zeros_turns_no_direction(merger: Merger) -> None:
     assert 0 < factors[0] < 1 + 1e-6
 
 
-def test_the_first_update_after_zeros_is_merged(merger: Merger) -> None:
+def test_the_first_update_after_zeros_is_merged(merger: Sequential) -> None:
     """A line may begin with an update that changed nothing; what follows must not be swallowed, nor become NaN."""
     update = updates(1)[0]
     merged = delta(merger, fold_all(merger, [zeros(), update]))
@@ -136,7 +146,7 @@ def test_the_first_update_after_zeros_is_merged(merger: Merger) -> None:
 
 
 @pytest.mark.parametrize("merger", [Average(), TaskArithmetic(), Ties(), Ties(aggregate="sum")], ids=str)
-def test_order_does_not_matter(merger: Merger) -> None:
+def test_order_does_not_matter(merger: Sequential) -> None:
     """Up to the rounding of sums; the updates differ enough that a wrong order would show."""
     several = updates(4)
     expected = delta(merger, fold_all(merger, several))
@@ -152,18 +162,18 @@ def test_order_does_matter_to_opcm() -> None:
     assert not torch.allclose(there["layer.weight"], back["layer.weight"], rtol=0.01)
 
 
-def test_each_tensor_can_be_folded_alone(merger: Merger) -> None:
+def test_each_tensor_can_be_folded_alone(merger: Sequential) -> None:
     """Given the facts, a tensor's parts depend on no other tensor: so tensors may be folded anywhere."""
     several = updates(3)
     state = fold_all(merger, several[:2])
-    survey = merger.survey(lambda: several[2].values())
+    survey = merger.survey(lambda: several[2].values(), lambda: delta(merger, state).values())
     whole = fold(merger, state, several[2])
     for name, update in reversed(several[2].items()):
         parts, _ = merger.fold(state[0][name], update, Target(name, role_of(name, update)), state[1], survey)
         assert all(torch.equal(part, whole[0][name][key]) for key, part in parts.items())
 
 
-def test_settings_are_all_a_merger_is(merger: Merger) -> None:
+def test_settings_are_all_a_merger_is(merger: Sequential) -> None:
     assert isinstance(merger, Choice)
     spec = json.loads(canonical(merger.spec()))
     assert MERGERS[merger.name](**spec) == merger

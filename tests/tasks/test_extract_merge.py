@@ -17,6 +17,7 @@ from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
 from tasks.merge import fold_update, materialize
 from tasks.mergers import MERGERS, AnyMerger, Average, Opcm, TaskArithmetic, Ties
+from tasks.recipe import Recipe
 from tasks.tensors import prefixed, read_tensor
 from tests.builders import checkpoint_of, ingested, memory_store, perturbed, random_tensors, tiny_model, update_of
 
@@ -62,7 +63,7 @@ class TestExtract:
         moved = {name: tensor + (random_tensors(1)[name] * 2**6).round() / 2**12 for name, tensor in grid.items()}
         base, after = checkpoint_of(grid, store), checkpoint_of(moved, store)
         update = extract_update(base, after, Extract(), store)
-        state = fold_update(base, None, update, Average(), store)
+        state = fold_update(base, None, update, Recipe(Average()), store)
         for name, tensor in tensors(materialize(base, state, store), store).items():
             assert torch.equal(tensor, moved[name])
 
@@ -116,7 +117,7 @@ class TestExtract:
         one = {"l.weight": torch.randn(2, 2), "counts": torch.tensor([1, 2])}
         base, after = checkpoint_of(one, store), checkpoint_of({**one, "l.weight": torch.randn(2, 2)}, store)
         update = extract_update(base, after, Extract(), store)
-        state = fold_update(base, None, update, Average(), store)
+        state = fold_update(base, None, update, Recipe(Average()), store)
         assert torch.equal(tensors(materialize(base, state, store), store)["counts"], one["counts"])
         other = checkpoint_of({**one, "counts": torch.tensor([1, 3])}, store)
         with pytest.raises(Mismatch, match="integer tensor 'counts'"):
@@ -167,7 +168,7 @@ class TestCompress:
         update = extract_update(base, checkpoint_of(tuned(1), store), Extract(), store)
         small = compress_update(update, Ternary(), store)
         assert store.open(small).manifest.lineage.inputs["base"] == base
-        fold_update(base, None, small, Average(), store)
+        fold_update(base, None, small, Recipe(Average()), store)
 
 
 class TestMerge:
@@ -178,7 +179,7 @@ class TestMerge:
         deltas = [random_tensors(seed, size=0.01) for seed in (1, 2)]
         state = None
         for one in deltas:
-            state = fold_update(base, state, update_of(one, base, store), Average(), store)
+            state = fold_update(base, state, update_of(one, base, store), Recipe(Average()), store)
         assert state is not None
         for name, tensor in tensors(materialize(base, state, store), store).items():
             expected = before[name].float() + (deltas[0][name] + deltas[1][name]) / 2
@@ -189,7 +190,7 @@ class TestMerge:
         before = {name: tensor / 3 for name, tensor in random_tensors(0, dtype=torch.float64).items()}
         base = checkpoint_of(before, store)
         delta = {name: torch.full_like(tensor, 2**-10) for name, tensor in before.items()}
-        state = fold_update(base, None, update_of(delta, base, store), Opcm(accumulate="float32"), store)
+        state = fold_update(base, None, update_of(delta, base, store), Recipe(Opcm(accumulate="float32")), store)
         for name, tensor in tensors(materialize(base, state, store), store).items():
             torch.testing.assert_close(tensor, before[name] + 2**-10, rtol=0, atol=1e-9)
 
@@ -202,7 +203,7 @@ class TestMerge:
         update = extract_update(base, after, Extract(), store)
         before = store.open(base)
         for kind in MERGERS.values():
-            state = fold_update(base, None, update, kind(), store)
+            state = fold_update(base, None, update, Recipe(kind()), store)
             merged = store.open(materialize(base, state, store))
             changed = {name for name in merged.names if merged.record(name).blob != before.record(name).blob}
             assert changed == {"out.weight"}, kind
@@ -211,14 +212,14 @@ class TestMerge:
         other = checkpoint_of(random_tensors(9), store)
         update = update_of(random_tensors(1), other, store)
         with pytest.raises(Mismatch) as caught:
-            fold_update(base, None, update, Average(), store)
+            fold_update(base, None, update, Recipe(Average()), store)
         assert all(short(ref) in str(caught.value) for ref in (base, other, update))
 
     def test_a_state_of_another_base_is_refused(self, store: ArtifactStore, base: CheckpointRef) -> None:
         other = checkpoint_of(random_tensors(9), store)
-        state = fold_update(other, None, update_of(random_tensors(1), other, store), Average(), store)
+        state = fold_update(other, None, update_of(random_tensors(1), other, store), Recipe(Average()), store)
         with pytest.raises(Mismatch, match="the base of state"):
-            fold_update(base, state, update_of(random_tensors(1), base, store), Average(), store)
+            fold_update(base, state, update_of(random_tensors(1), base, store), Recipe(Average()), store)
         with pytest.raises(Mismatch, match="the base of state"):
             materialize(base, state, store)
 
@@ -228,22 +229,24 @@ class TestMerge:
     ) -> None:
         """Other settings of the same merger are another merger: its state may mean something else."""
         update = update_of(random_tensors(1), base, store)
-        state = fold_update(base, None, update, Ties(density=0.2), store)
+        state = fold_update(base, None, update, Recipe(Ties(density=0.2)), store)
         with pytest.raises(Mismatch, match="merger of state"):
-            fold_update(base, state, update, merger, store)
+            fold_update(base, state, update, Recipe(merger), store)
 
     def test_other_tensors_are_refused_by_name(self, store: ArtifactStore, base: CheckpointRef) -> None:
         update = random_tensors(1)
-        state = fold_update(base, None, update_of(update, base, store), Average(), store)
+        state = fold_update(base, None, update_of(update, base, store), Recipe(Average()), store)
         del update["layer.bias"]
         with pytest.raises(Mismatch, match=r"layer\.bias"):
-            fold_update(base, state, update_of(update, base, store), Average(), store)
+            fold_update(base, state, update_of(update, base, store), Recipe(Average()), store)
         assert list(store.refs("state")) == [state]
 
     def test_task_arithmetic_by_hand(self, store: ArtifactStore, base: CheckpointRef) -> None:
         state = None
         for seed in (1, 2, 3):
-            state = fold_update(base, state, update_of(random_tensors(seed), base, store), TaskArithmetic(), store)
+            state = fold_update(
+                base, state, update_of(random_tensors(seed), base, store), Recipe(TaskArithmetic()), store
+            )
         assert state is not None
         for name, tensor in tensors(materialize(base, state, store), store).items():
             total = sum(random_tensors(seed)[name] for seed in (1, 2, 3))
@@ -258,7 +261,7 @@ def chain(folder: Path, merger: AnyMerger, store: ArtifactStore) -> tuple[list[U
     for seed in (1, 2, 3):
         tuned = ingested(perturbed(model, seed), folder / str(seed), store)
         updates.append(compress_update(extract_update(base, tuned, Extract(), store), Ternary(), store))
-        states.append(fold_update(base, states[-1] if states else None, updates[-1], merger, store))
+        states.append(fold_update(base, states[-1] if states else None, updates[-1], Recipe(merger), store))
     return updates, states, materialize(base, states[-1], store)
 
 

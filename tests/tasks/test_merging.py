@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.mergers import Average, Merger, Opcm, Target, TaskArithmetic, Ties
+from tasks.mergers import Average, Opcm, Sequential, Target, TaskArithmetic, Ties
 from tests.contracts.test_mergers import State, Update, delta, fold, fold_all, updates, zeros
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "merge"
@@ -25,7 +25,7 @@ def golden_role(name: str, tensor: Tensor) -> str:
     return f"{FAMILIES[KINDS[module]]}.{leaf}" if module in KINDS else "bare"
 
 
-def golden_fold(merger: Merger, order: list[int], dtype: torch.dtype) -> tuple[Update, State]:
+def golden_fold(merger: Sequential, order: list[int], dtype: torch.dtype) -> tuple[Update, State]:
     """The merged delta and the state after folding the golden tasks in this order."""
     base = load_file(GOLDEN / "in_base.safetensors")
     state: State | None = None
@@ -34,7 +34,7 @@ def golden_fold(merger: Merger, order: list[int], dtype: torch.dtype) -> tuple[U
         update = {name: tuned[name].to(dtype) - base[name].to(dtype) for name in sorted(base)}
         state = fold(merger, state, update, role=golden_role)
     assert state is not None
-    return delta(merger, state), state
+    return delta(merger, state, golden_role), state
 
 
 def check_merged(merged: Update, file: str, tolerance: float) -> None:
@@ -77,7 +77,7 @@ def test_fixed_opcm_differs_from_the_reference_in_bare_parameters_alone() -> Non
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_baselines_are_fusion_bench(merger: Merger, file: str) -> None:
+def test_baselines_are_fusion_bench(merger: Sequential, file: str) -> None:
     check_merged(golden_fold(merger, [0, 1, 2, 3], torch.float32)[0], file, 5e-7)
 
 

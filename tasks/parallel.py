@@ -1,0 +1,117 @@
+"""Work on many tensors at once, within a budget of threads and memory, with results in order.
+
+Threads are the only executor for now; what they run gets plain arguments and shares nothing, so that another
+executor can take their place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from storage.errors import InvalidInput
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Report = Callable[[int, int, str], None]  # done, total, note
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `500 MB` or a number of bytes."""
+    digits = text.strip().rstrip("BbGgIiKkMm ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        found = int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise InvalidInput(f"{text!r} is not an amount of memory", remedy="Write it like 4GiB or 500MB") from None
+    if found <= 0:
+        raise InvalidInput(f"an amount of memory must be positive, found {text!r}")
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`workers`: tensors worked on at once. `memory`: bytes that the tensors in work may take together."""
+
+    workers: int = field(default_factory=lambda: min(_cores(), 16))
+    memory: int = 4 * 2**30
+
+
+def in_order(
+    items: Sequence[Item],
+    work: Callable[[Item], Result],
+    cost: Callable[[Item], float],
+    budget: Budget,
+    report: Report | None = None,
+) -> Iterator[Result]:
+    """`work` of every item, in their order. `cost` is an item's memory in bytes.
+
+    An item starts when a worker is free and its cost fits beside those in work; one that is larger than the budget
+    runs alone. The first error in their order is raised, and ends what has not begun.
+    """
+    if budget.workers == 1 or len(items) < 2:
+        for done, item in enumerate(items, 1):
+            yield work(item)
+            if report:
+                report(done, len(items), "tensors")
+        return
+    room = _Room(budget.memory)
+
+    def one(item: Item, needed: float) -> Result:
+        try:
+            return work(item)
+        finally:
+            room.leave(needed)
+
+    waiting: deque[Future[Result]] = deque()
+    done = 0
+    with ThreadPoolExecutor(budget.workers, thread_name_prefix="tensors") as pool:
+        try:
+            for item in items:
+                needed = cost(item)
+                room.enter(needed)
+                waiting.append(pool.submit(one, item, needed))
+                while len(waiting) > 2 * budget.workers or (waiting and waiting[0].done()):
+                    yield waiting.popleft().result()
+                    done += 1
+                    if report:
+                        report(done, len(items), "tensors")
+            while waiting:
+                yield waiting.popleft().result()
+                done += 1
+                if report:
+                    report(done, len(items), "tensors")
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Room:
+    """Bytes to be shared out: `enter` waits until there is room, or nobody else is in."""
+
+    def __init__(self, size: float) -> None:
+        self._size, self._taken, self._inside = size, 0.0, 0
+        self._changed = threading.Condition()
+
+    def enter(self, size: float) -> None:
+        with self._changed:
+            while self._inside and self._taken + size > self._size:
+                self._changed.wait()
+            self._inside += 1
+            self._taken += size
+
+    def leave(self, size: float) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._taken -= size
+            self._changed.notify_all()
