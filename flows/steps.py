@@ -11,6 +11,7 @@ import tasks.evaluate
 import tasks.extract
 import tasks.fine_tune
 import tasks.ingest
+import tasks.materialize
 import tasks.merge
 import tasks.register
 from configs.chain import AnyBase, Task
@@ -82,7 +83,9 @@ def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, recipe:
 def materialize(base: CheckpointRef, state: StateRef) -> CheckpointRef:
     place = here()
     settings = place.settings
-    return tasks.merge.materialize(base, state, place.store, settings.device, budget=settings.budget, report=_report())
+    return tasks.materialize.materialize(
+        base, state, place.store, settings.device, budget=settings.budget, report=_report()
+    )
 
 
 @once(version=1)
@@ -115,6 +118,6 @@ def head_model(line: str) -> CheckpointRef:
     if head.state is None:
         raise InvalidInput(f"line {line!r} has no merges yet", remedy="Run the chain that grows it")
     place = here()
-    return tasks.merge.materialize(
+    return tasks.materialize.materialize(
         head.base, head.state, place.store, place.settings.device, budget=place.settings.budget
     )

@@ -15,7 +15,8 @@ from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 from tasks.codecs import CODECS, AnyCodec, Dense, Ternary
 from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
-from tasks.merge import fold_update, materialize
+from tasks.materialize import materialize
+from tasks.merge import fold_update
 from tasks.mergers import MERGERS, AnyMerger, Average, Opcm, TaskArithmetic, Ties
 from tasks.recipe import Recipe
 from tasks.tensors import prefixed, read_tensor
