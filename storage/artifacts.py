@@ -15,10 +15,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from storage.blobs import Parts, decode_parts, encode_parts
 from storage.errors import Damaged, InvalidInput, Missing
 from storage.manifest import (
     Asset,
@@ -32,8 +31,6 @@ from storage.manifest import (
 )
 from storage.objects import ObjectStore
 from storage.refs import KINDS, Kind, Ref, parse_ref, short
-
-Parts = dict[str, Tensor]
 
 _RESTORE = (
     "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
@@ -78,7 +75,7 @@ class Artifact:
             blob = self.manifest.assets[name].blob
         except KeyError:
             raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
-        return self.store.read_blob(blob, what=f"asset {name!r} of {short(self.ref)}")
+        return bytes(self.store.read_blob(blob, what=f"asset {name!r} of {short(self.ref)}"))
 
 
 class Draft:
@@ -204,20 +201,17 @@ class ArtifactStore:
             self.objects.put(f"blob/{name}", data)
         return name
 
-    def read_blob(self, name: str, *, what: str) -> bytes:
+    def read_blob(self, name: str, *, what: str) -> memoryview:
+        """The bytes of a blob, checked, in memory of their own."""
         try:
-            data = self.objects.get(f"blob/{name}")
+            data = self.objects.view(f"blob/{name}")
         except Missing as error:
             raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
         _check(data, name, f"blob/{name} ({what})")
         return data
 
     def read_parts(self, name: str, *, what: str) -> Parts:
-        try:
-            parts: Parts = safetensors.torch.load(self.read_blob(name, what=what))
-        except SafetensorError as error:
-            raise Damaged(f"blob/{name} ({what}) is not a safetensors file: {error}") from error
-        return parts
+        return decode_parts(self.read_blob(name, what=what), what=f"blob/{name} ({what})")
 
     def remember(self, key: str, ref: Ref, about: Mapping[str, Any]) -> None:
         """Note that the step with content key `key` gave `ref`. See `recall`."""
@@ -232,12 +226,6 @@ class ArtifactStore:
         return found if found is not None and self.has(found) else None
 
 
-def encode_parts(parts: Mapping[str, Tensor]) -> bytes:
-    """The blob of one tensor's parts: a safetensors file without metadata, whose bytes depend on the parts alone."""
-    data: bytes = safetensors.torch.save({key: part.detach().cpu().contiguous() for key, part in parts.items()})
-    return data
-
-
 def _decode_memo(data: bytes) -> Ref | None:
     """The ref in a memo; None if the memo is unreadable, because a lost memo only costs a recomputation."""
     try:
@@ -246,7 +234,7 @@ def _decode_memo(data: bytes) -> Ref | None:
         return None
 
 
-def _check(data: bytes, expected: str, what: str) -> None:
+def _check(data: bytes | memoryview, expected: str, what: str) -> None:
     found = digest(data)
     if found != expected:
         raise Damaged(

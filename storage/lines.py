@@ -2,32 +2,52 @@
 
 Entry n lives under `line/<name>/<n as eight digits>` and is created only if that key is free: creating it is the
 commit of a merge, and of two concurrent merges exactly one wins. The head is the newest entry. Nothing is ever
-changed or removed; going back is one more entry. Entries, unlike manifests, carry the time: they record events.
+changed or removed: going back is one more entry, and so is merging the updates again in another way. Entries, unlike
+manifests, carry the time: they record events.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from storage.errors import Conflict, Damaged, InvalidInput, Missing
 from storage.manifest import canonical
 from storage.objects import ObjectStore
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 
+Action = Literal["open", "fold", "rollback", "rebuild"]
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+_ACTIONS = get_args(Action)
+_COMPOSED = ("sparsify", "scaling")  # what a recipe has beside the settings of its merger
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One update's place in a line: `state` is what merging `update` gave, `weight` how much it counted."""
+
+    task: str
+    update: UpdateRef
+    state: StateRef
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One event of a line. `step` is the number of updates in `state`; `open` entries have neither."""
+    """One event of a line. `step` is the number of updates in `state`; `open` entries have neither.
+
+    `task`, `update` and `weight` are of the update merged last. A `rebuild` lists all that it merged in `folds`,
+    oldest first. `merger` is the recipe of the state, as it is given to whoever merges next.
+    """
 
     number: int
-    action: Literal["open", "fold", "rollback"]
+    action: Action
     base: CheckpointRef
     merger: Mapping[str, Any]
     step: int = 0
@@ -36,6 +56,14 @@ class Entry:
     state: StateRef | None = None
     why: str = ""
     at: str = ""
+    weight: float = 1.0
+    folds: tuple[Fold, ...] = ()
+
+    @property
+    def fold(self) -> Fold:
+        """What this entry merged last."""
+        assert self.update is not None and self.state is not None
+        return Fold(self.task, self.update, self.state, self.weight)
 
 
 class Line:
@@ -68,57 +96,92 @@ class Line:
         return newest
 
     def open(self, base: CheckpointRef, merger: Mapping[str, Any]) -> Entry:
-        """Start the line, or find that it was started with the same base and merger."""
-        first = Entry(0, "open", base, merger)
-        if self._append(first):
+        """Start the line, or find that it has the same base and, at its head, the same merger."""
+        first = self._append(Entry(0, "open", base, merger))
+        if first is not None:
             return first
+        head = self.head()
+        if head.base != base:
+            raise Conflict(
+                f"line {self.name!r} was opened with base {head.base}, not {base}",
+                remedy="A line keeps its base for life: give the new one another name",
+            )
+        if dict(head.merger) != dict(merger):
+            options = rebuild_options(head.merger, merger)
+            raise Conflict(
+                f"line {self.name!r} was opened with merger or rebuilt to merger {dict(head.merger)}, "
+                f"not {dict(merger)}",
+                remedy=f"Give the new line another name, or merge the updates of this one again: "
+                f"`deltaworks line rebuild {self.name} {options}`",
+            )
         found = self._read(0)
         assert found is not None
-        for what, wanted, has in (("base", base, found.base), ("merger", dict(merger), dict(found.merger))):
-            if wanted != has:
-                raise Conflict(
-                    f"line {self.name!r} was opened with {what} {has}, not {wanted}",
-                    remedy="A line keeps its base and merger for life: give the new one another name",
-                )
         return found
 
-    def fold(self, after: Entry, task: str, update: UpdateRef, state: StateRef) -> Entry:
+    def fold(self, after: Entry, task: str, update: UpdateRef, state: StateRef, weight: float = 1.0) -> Entry:
         """Append the merge of `update` onto entry `after`. Conflict if another entry came first."""
-        entry = Entry(after.number + 1, "fold", after.base, after.merger, after.step + 1, task, update, state)
-        return self._commit(entry)
+        number, step = after.number + 1, after.step + 1
+        return self._commit(Entry(number, "fold", after.base, after.merger, step, task, update, state, weight=weight))
 
-    def rollback(self, to: Entry, why: str) -> Entry:
-        """Append an entry whose state is that of the older entry `to`."""
-        number = self.head().number + 1
-        return self._commit(Entry(number, "rollback", to.base, to.merger, to.step, to.task, to.update, to.state, why))
+    def rollback(self, to: Entry, why: str, after: Entry | None = None) -> Entry:
+        """Append an entry whose state is that of the older entry `to`. Conflict if one came after entry `after`."""
+        number = (after or self.head()).number + 1
+        back = Entry(number, "rollback", to.base, to.merger, to.step, to.task, to.update, to.state, why)
+        return self._commit(replace(back, weight=to.weight))
+
+    def rebuild(self, after: Entry, merger: Mapping[str, Any], folds: Sequence[Fold], why: str = "") -> Entry:
+        """Append an entry that takes the place of all merges before it: `folds`, by `merger`, onto the base.
+
+        `after` is the head that was read before anything was merged. Conflict if another entry came after it.
+        """
+        if not folds:
+            raise InvalidInput(f"line {self.name!r}: a rebuild needs at least one update")
+        last = folds[-1]
+        rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
+        return self._commit(replace(rebuilt, why=why, weight=last.weight, folds=tuple(folds)))
 
     def history(self) -> list[Entry]:
-        """The folds that made the head's state, oldest first: the journal with rolled-back entries taken out."""
+        """The folds that made the head's state, oldest first: the journal with what was taken back left out.
+
+        What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
+        there before: they keep the entry that made them.
+        """
         kept: list[Entry] = []
         made: dict[StateRef | None, list[Entry]] = {None: kept}  # a rollback may also go back to what was rolled back
         for entry in self.entries():
             if entry.action == "fold":
-                kept = [*kept, entry]
-                made[entry.state] = kept
+                kept = made[entry.state] = [*kept, entry]
+            elif entry.action == "rebuild":
+                kept = []
+                for one in _replayed(entry):
+                    known = made.get(one.state, [])
+                    same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
+                    kept = made[one.state] = known if same else [*kept, one]
             elif entry.action == "rollback":
+                if entry.state not in made:
+                    raise Damaged(
+                        f"{self._key(entry.number)} goes back to {entry.state}, which no entry before it made"
+                    )
                 kept = made[entry.state]
         return kept
 
     def _commit(self, entry: Entry) -> Entry:
-        if not self._append(entry):
-            found = self._read(entry.number)
-            same = found is not None and (found.update, found.state) == (entry.update, entry.state)
-            if not same:  # the same content is our own write whose answer was lost, or a twin run: both are success
-                holds = short(found.update) if found and found.update else "another entry"
-                raise Conflict(
-                    f"line {self.name!r}: entry {entry.number} already holds {holds}",
-                    remedy=f"Somebody else merged at the same time: see `deltaworks line log {self.name}`",
-                )
-        return entry
+        stamped = self._append(entry)
+        if stamped is not None:
+            return stamped
+        found = self._read(entry.number)
+        if found is None or replace(found, at="", why=entry.why) != entry:
+            holds = short(found.update) if found and found.update else "another entry"
+            raise Conflict(
+                f"line {self.name!r}: entry {entry.number} already holds {holds}",
+                remedy=f"Somebody else changed the line at the same time: see `deltaworks line log {self.name}`",
+            )
+        return found  # the same content is our own write whose answer was lost, or a twin run: both are success
 
-    def _append(self, entry: Entry) -> bool:
-        stamped = {**asdict(entry), "merger": dict(entry.merger), "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        return self._objects.create(self._key(entry.number), canonical(stamped))
+    def _append(self, entry: Entry) -> Entry | None:
+        """The entry as it was written, with the time; None if its number is taken."""
+        stamped = replace(entry, merger=dict(entry.merger), at=datetime.now(UTC).isoformat(timespec="seconds"))
+        return stamped if self._objects.create(self._key(entry.number), canonical(asdict(stamped))) else None
 
     def _read(self, number: int) -> Entry | None:
         try:
@@ -126,9 +189,53 @@ class Line:
         except Missing:
             return None
         try:
-            return Entry(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            values = json.loads(data)
+            folds = tuple(Fold(**one) for one in values.get("folds", ()))
+            found = Entry(**{**values, "folds": folds})  # entries of earlier versions have neither weight nor folds
+        except (ValueError, TypeError, AttributeError) as error:
             raise Damaged(f"{self._key(number)} is not a journal entry: {error}") from error
+        if found.action not in _ACTIONS:
+            raise Damaged(f"{self._key(number)} holds the action {found.action!r}, which this version does not know")
+        return found
 
     def _key(self, number: int) -> str:
         return f"line/{self.name}/{number:08d}"
+
+
+def rebuild_options(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The options of `deltaworks line rebuild` that lead from merger `held` to merger `wanted`."""
+    options: list[str] = []
+    for kind in ("merger", *_COMPOSED):
+        old, new = (_choice(spec, kind) for spec in (held, wanted))
+        if new.get("name") != old.get("name"):
+            options.append(f"--{kind} {new.get('name', 'none')}")
+            old = {}
+        prefix = "" if kind == "merger" else f"{kind}."
+        for key, value in new.items():
+            if key not in ("name", "version") and (key not in old or old[key] != value):
+                text = value if isinstance(value, str) else json.dumps(value)
+                options.append(f"--set {shlex.quote(f'{prefix}{key}={text}')}")
+    return " ".join(options)
+
+
+def _choice(spec: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """The settings of one of a recipe's choices; empty if it has none of the kind."""
+    if kind == "merger":
+        return {key: value for key, value in spec.items() if key not in _COMPOSED}
+    found: Mapping[str, Any] = spec.get(kind) or {}
+    return found
+
+
+def _replayed(entry: Entry) -> Iterator[Entry]:
+    """The folds of a rebuild as entries of their own."""
+    for step, one in enumerate(entry.folds, 1):
+        yield replace(
+            entry,
+            action="fold",
+            step=step,
+            task=one.task,
+            update=one.update,
+            state=one.state,
+            weight=one.weight,
+            folds=(),
+        )

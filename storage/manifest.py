@@ -111,7 +111,7 @@ def canonical(value: Any) -> bytes:
         raise InvalidInput(f"cannot be written as canonical JSON: {error}") from error
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

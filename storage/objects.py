@@ -7,6 +7,7 @@ of several writers, and keys are relative paths of letters, digits and `-_./`.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import stat
@@ -32,6 +33,10 @@ class ObjectStore(Protocol):
 
     def get(self, key: str) -> bytes:
         """All bytes of `key`. Missing if there is none."""
+        ...
+
+    def view(self, key: str) -> memoryview:
+        """Like `get`, as writable memory that is the caller's alone; without a copy where the backend can."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -83,6 +88,9 @@ class MemoryObjects:
         except KeyError:
             raise Missing(f"{key} is not in the memory store") from None
 
+    def view(self, key: str) -> memoryview:
+        return memoryview(bytearray(self.get(key)))
+
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
@@ -117,6 +125,17 @@ class DirectoryObjects:
     def get(self, key: str) -> bytes:
         try:
             return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise Missing(f"{key} is not in {self.root}") from None
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
+
+    def view(self, key: str) -> memoryview:
+        """A private memory map: pages come from the disk when they are used, and changes never reach it."""
+        try:
+            with self._path(key).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray())
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise Missing(f"{key} is not in {self.root}") from None
         except OSError as error:

@@ -162,6 +162,9 @@ class S3Objects:
             raise Unavailable(f"{key}: {len(data):,} of {answer['ContentLength']:,} bytes came", remedy=_WAIT)
         return data
 
+    def view(self, key: str) -> memoryview:
+        return memoryview(bytearray(self.get(key)))
+
     def put(self, key: str, data: bytes) -> None:
         place = self._place(key)
         with self._errors(place):

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from storage.artifacts import Artifact, ArtifactStore, encode_parts
+from storage.artifacts import Artifact, ArtifactStore
+from storage.blobs import encode_parts
 from storage.errors import Mismatch
 from storage.manifest import Lineage, digest
 from storage.refs import CheckpointRef

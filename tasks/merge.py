@@ -6,6 +6,7 @@ and one reduction writes the manifest. Refs depend neither on the number of work
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def _fold_tensor(
     kept = dtype_name(next(iter(parts.values())).dtype) if parts else record.dtype
     scaling = recipe.scaling
     if scaling is not None and scaling.needs_total:
-        total = delta if total is None else total + delta
+        total = delta.clone() if total is None else total + delta  # a file holds no memory twice
         parts = {**parts, _TOTAL: total}
     stored = store.write_tensor(
         record.name,
@@ -139,7 +140,7 @@ def _streams(newcomer: Update, before: State | None) -> tuple[Any, Any]:
 
 
 def _check_weight(recipe: Recipe, weight: float) -> None:
-    if weight <= 0:
+    if not 0 < weight < math.inf:
         raise InvalidInput(f"weight must be positive, found {weight}")
     if weight != 1 and not recipe.merger.weighted:
         raise InvalidInput(

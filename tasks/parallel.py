@@ -20,12 +20,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[int, int, str], None]  # done, total, note
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str) -> int:
     """`4GiB`, `500 MB` or a number of bytes."""
-    digits = text.strip().rstrip("BbGgIiKkMm ")
+    digits = text.strip().rstrip("BbGgIiKkMmTt ")
     unit = text.strip()[len(digits) :].strip().upper()
     try:
         found = int(float(digits) * _UNITS[unit])

@@ -5,25 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from storage.artifacts import Artifact, Parts
+from storage.artifacts import Artifact
+from storage.blobs import DTYPES, Parts
 from storage.errors import InvalidInput, Mismatch
 from storage.manifest import TensorRecord
 from storage.refs import short
 from tasks.codecs import decode_parts
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -31,7 +20,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     try:
         return _NAMES[dtype]
     except KeyError:
-        known = ", ".join(_DTYPES)
+        known = ", ".join(DTYPES)
         raise InvalidInput(f"tensors of {dtype} cannot be stored", remedy=f"Convert to one of {known}") from None
 
 
@@ -46,7 +35,7 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     if onto is not None:
         dense = decode_parts("dense@1", onto, record.shape).to(device)
         decoded = dense.to(wide(dense, decoded)) + decoded
-    return decoded.to(_DTYPES[record.dtype])
+    return decoded.to(DTYPES[record.dtype])
 
 
 def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:

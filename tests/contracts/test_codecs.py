@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from storage.artifacts import encode_parts
+from storage.blobs import encode_parts
 from storage.errors import Damaged
 from tasks.codecs import CODECS, Codec, decode_parts, decoder
 

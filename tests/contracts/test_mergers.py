@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from storage.artifacts import encode_parts
+from storage.blobs import encode_parts
 from storage.errors import InvalidInput
 from storage.manifest import canonical
 from tasks.choice import Choice

@@ -78,6 +78,7 @@ class TestObjectStore:
     def test_what_is_put_is_got(self, objects: ObjectStore, data: bytes) -> None:
         objects.put("folder/under/key.bin", data)
         assert objects.get("folder/under/key.bin") == data
+        assert objects.view("folder/under/key.bin") == data
         assert objects.size("folder/under/key.bin") == len(data)
 
     def test_large_objects(self, objects: ObjectStore) -> None:
@@ -89,8 +90,19 @@ class TestObjectStore:
     def test_nothing_is_missing_and_has_no_size(self, objects: ObjectStore) -> None:
         with pytest.raises(Missing, match="nothing/here"):
             objects.get("nothing/here")
+        with pytest.raises(Missing, match="nothing/here"):
+            objects.view("nothing/here")
         assert objects.size("nothing/here") is None
         assert list(objects.list("")) == []
+
+    def test_a_view_is_the_reader_s_own(self, objects: ObjectStore) -> None:
+        """Written on, kept while the object changes: neither side sees the other."""
+        objects.put("key", b"first")
+        view = objects.view("key")
+        view[0] = ord("F")
+        assert objects.get("key") == b"first"
+        objects.put("key", b"second")
+        assert bytes(view) == b"First"
 
     def test_put_replaces(self, objects: ObjectStore) -> None:
         objects.put("key", b"a longer first version")

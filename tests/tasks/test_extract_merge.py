@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.artifacts import ArtifactStore, encode_parts
+from storage.artifacts import ArtifactStore
+from storage.blobs import encode_parts
 from storage.errors import InvalidInput, Mismatch
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short

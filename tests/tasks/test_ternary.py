@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.artifacts import encode_parts
+from storage.blobs import encode_parts
 from storage.errors import InvalidInput
 from tasks.codecs import Ternary
 from tasks.codecs.ternary import _read_gaps, _write_gaps
