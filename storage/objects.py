@@ -112,6 +112,35 @@ class MemoryObjects:
             return iter(sorted(key for key in self._objects if key.startswith(prefix)))
 
 
+class Overlay:
+    """Reads of one store, with writes that go to another: for results that nobody will keep."""
+
+    def __init__(self, below: ObjectStore, above: ObjectStore) -> None:
+        self._below, self._above = below, above
+        self.url = above.url
+
+    def get(self, key: str) -> bytes:
+        return self._holder(key).get(key)
+
+    def view(self, key: str) -> memoryview:
+        return self._holder(key).view(key)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._above.put(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self.size(key) is None and self._above.create(key, data)
+
+    def size(self, key: str) -> int | None:
+        return self._holder(key).size(key)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
+
+    def _holder(self, key: str) -> ObjectStore:
+        return self._below if self._above.size(key) is None else self._above
+
+
 class DirectoryObjects:
     """Objects as files below one folder. Written beside their place, synced, then moved there in one step."""
 

@@ -22,15 +22,20 @@ def materialize(
     store: ArtifactStore,
     device: str = "cpu",
     *,
+    factor: float = 1.0,
     budget: Budget | None = None,
     report: Report | None = None,
 ) -> CheckpointRef:
-    """Base plus the merged delta, as a checkpoint in the base's dtypes. Untouched tensors share the base's blobs."""
+    """Base plus `factor` times the merged delta, as a checkpoint in the base's dtypes.
+
+    Untouched tensors share the base's blobs.
+    """
     root, artifact = store.open(base, "checkpoint"), store.open(state, "state")
     check_base(artifact, base, role="state")
     merged = _Merged(root, State(artifact, recipe_of(artifact), device), store)
     allowed = budget or Budget()
-    draft = store.draft("checkpoint", Lineage("materialize", {"base": base, "state": state}))
+    spec = {} if factor == 1 else {"factor": factor}
+    draft = store.draft("checkpoint", Lineage("materialize", {"base": base, "state": state}, spec))
     factors = merged.factors(allowed)
 
     def write_one(record: TensorRecord) -> TensorRecord:
@@ -39,6 +44,8 @@ def materialize(
         delta = merged.delta(record.name)
         if factors is not None:
             delta = delta * factors[record.name]
+        if factor != 1:
+            delta = delta * factor
         if not delta.any():
             return record
         dense = read_tensor(root, record.name, device)

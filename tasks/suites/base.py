@@ -41,9 +41,21 @@ class Trainable(Protocol):
 class Problem(Trainable, Protocol):
     """A suite opened for one base model, whose tokenizer or processor turns rows into batches."""
 
-    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
-        """Measure on the test split. The first score is the one that tables show, and higher is better."""
+    def score(
+        self,
+        backbone: PreTrainedModel,
+        device: str,
+        report: Callable[[int, int], None],
+        split: Split = "test",
+        limit: int | None = None,
+    ) -> list[Score]:
+        """Measure on a split, or on its first `limit` rows. The first score leads the tables, and higher is better."""
         ...
+
+
+def first(rows: Rows, limit: int | None) -> Rows:
+    """The first `limit` rows. Data sets of the hub give columns for a slice, so rows are taken one by one."""
+    return rows if limit is None or limit >= len(rows) else [rows[number] for number in range(limit)]
 
 
 def batches(rows: Rows, size: int, collate: Callable[[list[dict[str, Any]]], Batch]) -> Iterator[Batch]:

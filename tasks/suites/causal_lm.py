@@ -18,7 +18,7 @@ from storage.refs import short
 from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score, batches
+from tasks.suites.base import Batch, Score, batches, first
 
 IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
 # some chat templates write the day into the prompt; a task has no clock, so it is always the same day
@@ -127,10 +127,17 @@ class CausalLmProblem:
         return AnswerLoss(backbone)
 
     @torch.inference_mode()
-    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
+    def score(
+        self,
+        backbone: PreTrainedModel,
+        device: str,
+        report: Callable[[int, int], None],
+        split: Split = "test",
+        limit: int | None = None,
+    ) -> list[Score]:
         """Teacher forced: every token of an answer is predicted from the true ones before it."""
         model = self.wrap(backbone).to(device).eval()
-        rows = self.rows("test")
+        rows = first(self.rows(split), limit)
         right, tokens, done, loss = 0, 0, 0, 0.0
         for batch in batches(rows, self._suite.batch, self.collate):
             logits_BTV = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))["logits"]
@@ -141,7 +148,7 @@ class CausalLmProblem:
             done += len(batch["labels"])
             report(done, len(rows))
         if tokens == 0:
-            raise InvalidInput("the test split is empty", remedy="Check the path and the split names of the data")
+            raise InvalidInput(f"the {split} split is empty", remedy="Check the path and the split names of the data")
         return [Score("token_accuracy", right / tokens, tokens), Score("perplexity", _exp(loss / tokens), tokens)]
 
     @property

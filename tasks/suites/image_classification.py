@@ -18,7 +18,7 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score, batches
+from tasks.suites.base import Batch, Score, batches, first
 from tasks.suites.heads import AnyHead, CosineHead
 
 
@@ -84,16 +84,23 @@ class ImageProblem:
         return Classifier(backbone, head, self._suite.feature)
 
     @torch.inference_mode()
-    def score(self, backbone: PreTrainedModel, device: str, report: Callable[[int, int], None]) -> list[Score]:
+    def score(
+        self,
+        backbone: PreTrainedModel,
+        device: str,
+        report: Callable[[int, int], None],
+        split: Split = "test",
+        limit: int | None = None,
+    ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
-        rows = self.rows("test")
+        rows = first(self.rows(split), limit)
         classes = int(model.head.weight.shape[0])  # type: ignore[union-attr,index]
         accuracy = MulticlassAccuracy(classes, average="micro").to(device)
         done = 0
         for batch in batches(rows, self._suite.batch, self.collate):
             labels = batch["labels"]
             if int(labels.max()) >= classes or int(labels.min()) < 0:
-                raise Mismatch("labels of the test split", expected=f"0 to {classes - 1}", found=int(labels.max()))
+                raise Mismatch(f"labels of the {split} split", expected=f"0 to {classes - 1}", found=int(labels.max()))
             accuracy.update(model(batch["pixel_values"].to(device))["logits"], labels.to(device))
             done += len(labels)
             report(done, len(rows))

@@ -12,7 +12,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,19 +27,10 @@ from tasks.codecs import Ternary
 from tasks.mergers import Opcm, Target
 from tasks.select import kth_magnitude
 from tests.benchmarks.memory import peak_of_fold
+from tests.benchmarks.rows import Row
 
 VALUES = 20_000_000
 MEGA = 1e6
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: ours, the yardstick, and what the ratio means."""
-
-    what: str
-    ours: str
-    yardstick: str
-    ratio: str
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
