@@ -12,7 +12,10 @@ from tasks.mergers.base import Facts, Parts, RunningSum, Target
 
 @dataclass(frozen=True)
 class Average(RunningSum):
-    """delta_t = sum of w_i tau_i / sum of w_i. The state is the sum; the division happens when the model is written."""
+    """delta_t = sum of w_i tau_i / sum of w_i. The state is the sum; the division happens when the model is written.
+
+    Without weights it is fusion_bench's average and continual average, with them mergekit's `linear`.
+    """
 
     source: ClassVar[str] = "arXiv 2203.05482"
 

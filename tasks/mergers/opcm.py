@@ -6,7 +6,7 @@ do not depend on its scale. So the state is S, the rescaling is one number per s
 suffices:
     S_t = S_{t-1} + g_t,    delta_t = S_t * n_t / |S_t|
 
-Shapes: S and tau [R, C]; U [R, K], s [K], Vh [K, C] with K = min(R, C).
+Shapes: S and tau [R, C]; U [R, K], s [K], Vh [K, C] with K = min(R, C); of these the first r are protected.
 """
 
 from __future__ import annotations
@@ -20,30 +20,47 @@ from torch import Tensor
 
 from tasks.choice import require
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, squared_norm
+from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, thin_svd
 
 
 @dataclass(frozen=True)
 class Opcm(Sequential):
-    """`alpha`: share of the sum of singular values whose directions are protected from the newcomer.
+    """`alpha`: share of the sum of singular values (not of their squares) whose directions are protected.
+
+    g is the newcomer tau without what it has, in the singular bases U, V of S, in the protected part of U' tau V and
+    on its diagonal. With 0-based i, j:
 
     variant
-        fixed      every parameter accumulates; the diagonal is removed on the numerical rank only, so that the
-                   arbitrary basis of a null space never enters; zero updates and zero states pass through.
-        reference  fusion_bench 0.2.33: the diagonal is removed on all of K, so a zero state (whose singular vectors
-                   are the unit vectors) costs the newcomer its own diagonal; parameters that belong to no leaf
-                   module (role `bare`) are not accumulated: they keep the first update and shrink with each step.
+        fixed      protected are the r directions whose sum does not exceed alpha, and of the newcomer its block
+                   i, j < r. Every parameter accumulates; the diagonal is removed on the numerical rank only, so that
+                   the arbitrary basis of a null space never enters; zero updates and zero states pass through.
+        reference  fusion_bench 0.2.33: as fixed, but the diagonal is removed on all of K, so a zero state (whose
+                   singular vectors are the unit vectors) costs the newcomer its own diagonal; and parameters that
+                   belong to no leaf module (role `bare`) are not accumulated: they keep the first update and shrink
+                   with each step.
+        paper      the projection as printed: r is the least number of directions whose sum reaches alpha, one more,
+                   and all of the newcomer with i < r or j < r goes, on both sides. The rest as in fixed.
+    diagonal
+        remove     u_i' tau v_i is removed for every i, which alone makes g orthogonal to S.
+        leave      only the protected part is removed. A few in ten thousand of a newcomer's energy stay that would
+                   have gone, <g, S> is no longer zero, and only the leading vectors are needed: the fast setting.
     project: which parameters are projected; all others are summed.
         linear     weights of linear layers, the head included      matrices   also 2-D embeddings
-    accumulate: dtype of the state, whatever the dtype of the files.
+    accumulate: dtype of the state and of the projection, whatever the dtype of the files.
+
+    Published figures: the paper's tables come from the code of its own repository (tanganke/opcm, January 2025), which
+    is variant `reference` with diagonal `leave`; fusion_bench has removed the diagonal since March 2025, which is
+    `reference` with `remove`. Both with alpha 0.5. No published figure is known to belong to `paper`.
     """
 
     source: ClassVar[str] = "arXiv 2501.09522"
     state_size: ClassVar[str] = "1"
 
     name: Literal["opcm"] = "opcm"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     alpha: float = 0.5
-    variant: Literal["fixed", "reference"] = "fixed"
+    variant: Literal["fixed", "reference", "paper"] = "fixed"
+    diagonal: Literal["remove", "leave"] = "remove"
     project: Literal["linear", "matrices"] = "linear"
     accumulate: Literal["float32", "float64"] = "float32"
 
@@ -80,20 +97,43 @@ class Opcm(Sequential):
         return target.role in roles and tau.ndim == 2
 
     def _orthogonal(self, merged_RC: Tensor, tau_RC: Tensor) -> Tensor:
-        """The part of tau that OPCM adds: no component along the protected block and along u_i v_i^T."""
-        if self.variant == "fixed" and not (merged_RC.any() and tau_RC.any()):
+        """g: the part of tau that is added."""
+        if self.variant != "reference" and not (merged_RC.any() and tau_RC.any()):
             return tau_RC
-        U_RK, s_K, Vh_KC = torch.linalg.svd(merged_RC, full_matrices=False)
-        share_K = s_K.cumsum(0) / s_K.sum()
-        beyond = share_K > self.alpha
-        r = int(beyond.int().argmax()) if bool(beyond.any()) else 0
-        rank = len(s_K)
-        if self.variant == "fixed":
-            rank = int((s_K > s_K[0] * max(tau_RC.shape) * torch.finfo(s_K.dtype).eps).sum())
-        coefficient_KK = U_RK.T @ tau_RC @ Vh_KC.T
-        removed_KK = torch.zeros_like(coefficient_KK)
-        removed_KK[:r, :r] = coefficient_KK[:r, :r]
-        index = torch.arange(r, rank, device=s_K.device)
-        removed_KK[index, index] = coefficient_KK[index, index]
-        kept_RC: Tensor = tau_RC - U_RK @ removed_KK @ Vh_KC
-        return kept_RC
+        sided = self.variant == "paper"
+        if self.diagonal == "leave":
+            found = leading(merged_RC, self.alpha, reach=sided)
+            r, rank = len(found.s), 0
+        else:
+            found = thin_svd(merged_RC)
+            r, rank = protected(found.s, self.alpha, reach=sided), len(found.s)
+            if self.variant != "reference":
+                rank = numerical_rank(found.s, *tau_RC.shape)
+        return tau_RC - (_cross(found, tau_RC, r, rank) if sided else _block(found, tau_RC, r, rank))
+
+
+def _block(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Tensor:
+    """What goes of tau if the protected part is the block i, j < r; the diagonal goes up to `rank`.
+
+    Four products, of which those of size R * C * K are two: U' tau and the last one.
+    """
+    end = max(r, rank)
+    U_Rk, Vh_kC = found.U[:, :end], found.Vh[:end]
+    right_kC = U_Rk.T @ tau_RC
+    diagonal_k = (right_kC[r:] * Vh_kC[r:]).sum(1, keepdim=True)
+    removed_kC = torch.cat([right_kC[:r] @ Vh_kC[:r].T @ Vh_kC[:r], diagonal_k * Vh_kC[r:]])
+    return U_Rk @ removed_kC
+
+
+def _cross(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Tensor:
+    """What goes of tau if all of i < r or j < r is protected; the diagonal goes up to `rank`.
+
+    The full bases of the paper are not needed: with U_r U_r' = P and V_r V_r' = Q, what stays before the diagonal is
+    (I - P) tau (I - Q), so what goes is P tau + (tau - P tau) Q.
+    """
+    end = max(r, rank)
+    U_Rk, Vh_kC = found.U[:, :end], found.Vh[:end]
+    right_kC = U_Rk.T @ tau_RC
+    diagonal_k = (right_kC[r:] * Vh_kC[r:]).sum(1, keepdim=True)
+    left_Rr = tau_RC @ Vh_kC[:r].T - U_Rk[:, :r] @ (right_kC[:r] @ Vh_kC[:r].T)
+    return U_Rk @ torch.cat([right_kC[:r], diagonal_k * Vh_kC[r:]]) + left_Rr @ Vh_kC[:r]

@@ -13,7 +13,10 @@ from tasks.mergers.base import Facts, Parts, RunningSum, Target
 
 @dataclass(frozen=True)
 class TaskArithmetic(RunningSum):
-    """delta_t = scale * sum of tau_i (equation 2 of the paper; 0.3 is the usual scale for many tasks)."""
+    """delta_t = scale * sum of w_i tau_i; the paper has no weights.
+
+    `scale`: 0.3 is usual for many tasks, and fusion_bench's default, also of its continual variant, which is the same.
+    """
 
     source: ClassVar[str] = "arXiv 2212.04089"
 

@@ -1,8 +1,8 @@
 """TIES (arXiv 2306.01708): trim each update, elect a sign per entry, merge the values that agree with it.
 
-All three steps stream exactly. Trimming needs one threshold per update. The elected sign is the sign of the sum of
-all trimmed values, and the agreeing values are either all positive or all negative ones: so four running tensors, the
-sums and the counts of the positive and of the negative values, hold all that the joint method over all updates needs.
+All three steps stream exactly. Trimming looks at one update alone. The elected sign is the sign of the sum of all
+trimmed values, and the agreeing values are either all positive or all negative ones: so four running tensors, the sums
+and the counts of the positive and of the negative values, hold all that the joint method over all updates needs.
 """
 
 from __future__ import annotations
@@ -14,59 +14,112 @@ import torch
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted
-from tasks.select import Stream, kth_magnitude
+from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, weight_of
+from tasks.select import Stream, kth_magnitude, largest
 
 
 @dataclass(frozen=True)
 class Ties(Sequential):
-    """`density`: fraction kept per update, over the whole model. `aggregate`: of the values that agree in sign.
+    """`density`: fraction of entries kept per update. `scale`: of the merged delta.
 
-    Entries whose sum is exactly zero take the majority sign of the model, as the released code does
-    (`resolve_zero_signs`). The paper averages with scale 1; fusion_bench sums with scale 0.3.
+    trim: among which entries the fraction is counted
+        model   all of the update: magnitudes from the (d - k)-th smallest of d on, k = int(density d), as the released
+                code does, which keeps k + 1 entries and all that are equal to the last; an update of more zeros than
+                1 - density is kept whole
+        tensor  one tensor: exactly int(density n) of its n entries, of equal ones the earlier; a tensor of fewer than
+                1 / density entries loses all of them
+    tie: the sign of an entry whose trimmed values sum to exactly zero
+        majority  that of most elected entries of the whole model (the released code's `resolve_zero_signs`); where
+                  the model is undecided too, the entry stays zero
+        positive  +
+    aggregate: of the values that agree in sign: their mean, weighted if the updates are, or their sum. An update's
+        weight multiplies its values after trimming and before the election.
+
+    The paper and its released code average with scale 1. fusion_bench sums with scale 0.3. mergekit's `ties` is
+    trim tensor, tie positive, mean, with its `lambda` as the scale (or sum, for `normalize: false`).
     """
 
     source: ClassVar[str] = "arXiv 2306.01708"
     state_size: ClassVar[str] = "4"
+    weighted: ClassVar[bool] = True
 
     name: Literal["ties"] = "ties"
     version: Literal[1] = 1
     density: float = 0.2
     scale: float = 1.0
     aggregate: Literal["mean", "sum"] = "mean"
+    trim: Literal["model", "tensor"] = "model"
+    tie: Literal["majority", "positive"] = "majority"
 
     def __post_init__(self) -> None:
         require(0 < self.density <= 1, "density", "in (0, 1]", self.density)
         require(self.scale > 0, "scale", "positive", self.scale)
 
     def survey(self, deltas: Stream, merged: Stream | None) -> Facts:
-        count = sum(delta.numel() for delta in deltas())
-        dropped = count - int(count * self.density)
-        return {"threshold": kth_magnitude(deltas, dropped) if dropped else 0.0}
+        """`threshold`: the smallest magnitude kept, if it is one for the whole update."""
+        return {"threshold": threshold(deltas, self.density)} if self.trim == "model" else {}
 
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
-        trimmed = torch.where(delta.abs() >= survey["threshold"], delta, 0)
+        if self.trim == "model":
+            trimmed = above(delta, survey["threshold"])
+        else:
+            trimmed = torch.where(largest(delta, int(self.density * delta.numel())), delta, 0)
+        weight = weight_of(survey)
+        share = trimmed if weight == 1 else trimmed * weight
         parts = {
-            "positive": trimmed.clamp(min=0),
-            "negative": trimmed.clamp(max=0),
-            "positive_count": (trimmed > 0).int(),
-            "negative_count": (trimmed < 0).int(),
+            "positive": share.clamp(min=0),
+            "negative": share.clamp(max=0),
+            "positive_count": _count(trimmed > 0, weight, delta.dtype),
+            "negative_count": _count(trimmed < 0, weight, delta.dtype),
         }
         if state is not None:
-            parts = {key: part.add_(state[key]) for key, part in parts.items()}  # in place: these are ours
-        return parts, {"majority": float((parts["positive"] + parts["negative"]).sign().sum(dtype=torch.float64))}
+            parts = {key: _added(part, state[key]) for key, part in parts.items()}
+        return parts, {"majority": balance(parts["positive"] + parts["negative"])}
 
     def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
-        majority = sums["majority"]
-        return {"count": counted(facts), "majority": float((majority > 0) - (majority < 0))}
+        """`majority`: -1, 0 or 1, the sign of most entries."""
+        return {"count": counted(facts), "majority": sign_of(sums["majority"])}
 
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         sign = (state["positive"] + state["negative"]).sign()
-        sign = torch.where(sign == 0, facts["majority"], sign)
+        sign = torch.where(sign == 0, facts["majority"] if self.tie == "majority" else 1.0, sign)
         chosen = torch.where(sign > 0, state["positive"], torch.where(sign < 0, state["negative"], 0))
         if self.aggregate == "mean":
             count = torch.where(sign > 0, state["positive_count"], state["negative_count"])
-            chosen = chosen / count.clamp(min=1)
+            chosen = chosen / torch.where(count == 0, 1, count)
         return chosen * self.scale
+
+    def workspace(self) -> float:
+        """Eight parts, those before and those after, the update, and what it is trimmed with."""
+        return 12
+
+
+def threshold(deltas: Stream, density: float) -> float:
+    """The smallest magnitude that trimming a whole model keeps: the (d - int(density d))-th of d; 0 for all of them."""
+    return kth_magnitude(deltas, lambda count: count - int(count * density))
+
+
+def above(delta: Tensor, bound: float) -> Tensor:
+    """The entries from this magnitude on; the others zero."""
+    return torch.where(delta.abs() >= bound, delta, 0)
+
+
+def balance(elected: Tensor) -> float:
+    """How many more entries are positive than negative."""
+    return float(elected.sign().sum(dtype=torch.float64))
+
+
+def sign_of(number: float) -> float:
+    return float((number > 0) - (number < 0))
+
+
+def _count(agreeing: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """1, or the update's weight, for the entries that agree. Integers as long as all weights are 1."""
+    return agreeing.int() if weight == 1 else agreeing.to(dtype) * weight
+
+
+def _added(ours: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the wider dtype; in the place of `ours`, which nobody else holds, if that has it."""
+    return ours.add_(other) if torch.result_type(ours, other) == ours.dtype else ours + other

@@ -30,9 +30,9 @@ def fold(
     survey = merger.survey(lambda: update.values(), merged)
     parts: dict[str, Parts] = {}
     sums: dict[str, float] = {}
-    for name, delta in update.items():
-        target = Target(name, role(name, delta))
-        parts[name], share = merger.fold(before.get(name), delta, target, facts, survey)
+    for name, tau in update.items():
+        target = Target(name, role(name, tau))
+        parts[name], share = merger.fold(before.get(name), tau, target, facts, survey)
         for key, value in share.items():
             sums[key] = sums.get(key, 0.0) + value
     return parts, merger.close(facts, sums, survey)
@@ -103,7 +103,10 @@ def test_the_state_does_not_grow(merger: Sequential) -> None:
     def size(count: int) -> int:
         return sum(len(encode_parts(parts)) for parts in fold_all(merger, updates(count))[0].values())
 
-    assert size(2) == size(8)
+    if merger.name == "tsv_m":  # its tasks share out what the first one had alone, and the division leaves a rest
+        assert max(map(size, range(2, 9))) <= size(1)
+    else:
+        assert size(2) == size(8)
 
 
 def test_folding_leaves_its_inputs_alone(merger: Sequential) -> None:
@@ -123,17 +126,22 @@ def test_updates_of_zeros_only_merge_to_zeros(merger: Sequential) -> None:
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in merged.values())
 
 
+@pytest.mark.parametrize("merger", [kind() for name, kind in SEQUENTIAL.items() if name != "tsv_m"], ids=str)
 def test_an_update_of_zeros_turns_no_direction(merger: Sequential) -> None:
-    """It may weaken what is there (a mean has one more member), tensor by tensor by the same factor."""
+    """It may weaken what is there (a mean has one more member), tensor by tensor by the same factor.
+
+    Not so TSV-M, where every newcomer takes directions from the others. Iso-C adds matrices up and averages the rest.
+    """
     before = fold_all(merger, updates(2))
     after = delta(merger, fold(merger, before, zeros()))
-    factors = []
+    factors: dict[bool, list[float]] = {False: [], True: []}
     for name, tensor in delta(merger, before).items():
         factor = float((after[name] * tensor).sum() / tensor.square().sum())
         torch.testing.assert_close(after[name], tensor * factor)
-        factors.append(factor)
-    assert factors == pytest.approx([factors[0]] * len(factors), rel=1e-5)
-    assert 0 < factors[0] < 1 + 1e-6
+        factors[merger.name == "iso_c" and tensor.ndim == 2].append(factor)
+    for alike in filter(None, factors.values()):
+        assert alike == pytest.approx([alike[0]] * len(alike), rel=1e-5)
+        assert 0 < alike[0] < 1 + 1e-6
 
 
 def test_the_first_update_after_zeros_is_merged(merger: Sequential) -> None:

@@ -138,7 +138,7 @@ def test_weights_are_ratios(name: str) -> None:
         torch.testing.assert_close(found[1][tensor], twice * found[0][tensor], rtol=1e-4, atol=1e-6)
 
 
-ADDING = {"task_arithmetic", "breadcrumbs", "iso_c"}
+ADDING = {"task_arithmetic", "breadcrumbs"}
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.merger.weighted])

@@ -1,0 +1,57 @@
+"""Updates as vectors: their order, their inner products, their mixtures. For mergers that see all updates at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cmp_to_key
+
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 18  # elements per vector that are in float64 at once
+
+
+def in_fixed_order(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], list[float]]:
+    """Deltas (and their weights) in an order that depends on their values alone.
+
+    Sums round differently in different orders. After this, a method that is symmetric on paper gives the same bits
+    whatever the order in which the updates came.
+    """
+    pairs = sorted(zip(deltas, weights, strict=True), key=cmp_to_key(_compare))
+    return [delta for delta, _ in pairs], [weight for _, weight in pairs]
+
+
+def gram(deltas: Sequence[Tensor], onto: Tensor | None = None) -> Tensor:
+    """Inner products of the deltas [K tensors of one shape] as [K, K] in float64 on the CPU, in one pass.
+
+    With `onto` those of onto + delta, whose sums are never rounded to float32.
+    """
+    rows = [delta.flatten() for delta in deltas]
+    shift = None if onto is None else onto.flatten()
+    found_KK = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    for start in range(0, rows[0].numel(), _PIECE):
+        place = slice(start, start + _PIECE)
+        piece_KN = torch.stack([row[place].double() for row in rows])
+        if shift is not None:
+            piece_KN += shift[place].double()
+        found_KK += piece_KN @ piece_KN.T
+    return found_KK.cpu()
+
+
+def mixture(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """The sum of coefficient times tensor, added in float64, in the dtype of the first."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        if coefficient:
+            total += tensor.double() * coefficient
+    return total.to(tensors[0].dtype)
+
+
+def _compare(one: tuple[Tensor, float], two: tuple[Tensor, float]) -> int:
+    """By the first element that differs; by the weight where none does."""
+    here, there = one[0].flatten(), two[0].flatten()
+    different = here != there
+    if not bool(different.any()):
+        return (one[1] > two[1]) - (one[1] < two[1])
+    place = int(different.int().argmax())
+    return 1 if bool(here[place] > there[place]) else -1
