@@ -2,6 +2,7 @@
 #   make demo       the main job on real data, in about a minute        make test      the tests
 #   make ui         MLflow and Prefect on this machine                  make test-all  the slow ones too
 #   make lint       format, types, import directions                    make bench     speed and memory, as ratios
+#   make bench-merge  merging beside fusion_bench and mergekit, quality of every merger (half an hour)
 #   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP    := .venv/bin/pip --disable-pip-version-check
 # one thread per process: faster for small models, and bit-identical between runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format bench ui clean
+.PHONY: demo test test-all lint format bench bench-merge ui clean
 
 demo: .venv/.user
 	.venv/bin/deltaworks run demo
@@ -35,6 +36,10 @@ format: .venv/.dev
 
 bench: .venv/.dev
 	.venv/bin/python -m tests.benchmarks
+
+# PARTS="opcm growth" runs some of them; FUSION_BENCH and MERGEKIT name the peers
+bench-merge: .venv/.dev
+	.venv/bin/python -m tests.benchmarks.merging $(PARTS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

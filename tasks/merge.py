@@ -17,12 +17,13 @@ from storage.errors import InvalidInput, Mismatch
 from storage.manifest import Lineage, TensorRecord, canonical
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 from tasks.mergers import Facts, Joint, Sequential, Sums, Target
+from tasks.mergers.base import weight_of
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
 from tasks.stored import State, Update, added, among_the_mergers, cost, scalings_own
 from tasks.tensors import check_base, dtype_name
 
-_TOTAL = "scaling.total"  # part of a state: the plain sum of the updates, if a scaling needs it
+_TOTAL = "scaling.total"  # part of a state: the weighted sum of the updates, if a scaling needs it
 
 
 class _Folded(NamedTuple):
@@ -57,8 +58,9 @@ def fold_update(
     facts: Mapping[str, Any] = before.facts if before else {}
     records, allowed = newcomer.records, budget or Budget()
     if isinstance(recipe.merger, Joint):
+        _check_limit(recipe.merger, facts)
         shares = in_order(records, lambda one: _share(recipe, newcomer.delta(one), None), cost(4), allowed, report)
-        draft.facts.update(_joint_facts(facts, update, weight), **_scaling_facts(recipe, facts, added(shares)))
+        draft.facts.update(_joint_facts(facts, update, weight), **_scaling_facts(recipe, facts, added(shares), weight))
         return StateRef(draft.commit())
 
     merger = recipe.merger
@@ -72,7 +74,7 @@ def fold_update(
         draft.share(folded.record)
         sums.append(folded.sums)
     total = added(sums)
-    draft.facts.update(merger.close(facts, total, survey), **_scaling_facts(recipe, facts, total))
+    draft.facts.update(merger.close(facts, total, survey), **_scaling_facts(recipe, facts, total, weight))
     return StateRef(draft.commit())
 
 
@@ -96,7 +98,8 @@ def _fold_tensor(
     kept = dtype_name(next(iter(parts.values())).dtype) if parts else record.dtype
     scaling = recipe.scaling
     if scaling is not None and scaling.needs_total:
-        total = delta.clone() if total is None else total + delta  # a file holds no memory twice
+        share = delta * weight_of(survey)
+        total = share if total is None else total + share
         parts = {**parts, _TOTAL: total}
     stored = store.write_tensor(
         record.name,
@@ -115,10 +118,10 @@ def _share(recipe: Recipe, delta: Tensor, total: Tensor | None) -> Sums:
     return among_the_mergers(recipe.scaling.share(delta, total))
 
 
-def _scaling_facts(recipe: Recipe, facts: Facts, sums: Sums) -> dict[str, float]:
+def _scaling_facts(recipe: Recipe, facts: Facts, sums: Sums, weight: float) -> dict[str, float]:
     if recipe.scaling is None:
         return {}
-    return among_the_mergers(recipe.scaling.close(scalings_own(facts), scalings_own(sums)))
+    return among_the_mergers(recipe.scaling.close(scalings_own(facts), scalings_own(sums), weight))
 
 
 def _joint_facts(facts: Mapping[str, Any], update: UpdateRef, weight: float) -> dict[str, Any]:
@@ -146,6 +149,14 @@ def _check_weight(recipe: Recipe, weight: float) -> None:
         raise InvalidInput(
             f"merger {recipe.merger.name!r} lets every update count the same, found weight {weight}",
             remedy="Remove the weight, or take a merger that has weights: `deltaworks mergers` lists them",
+        )
+
+
+def _check_limit(merger: Joint, facts: Facts) -> None:
+    if merger.limit is not None and facts.get("count", 0) >= merger.limit:
+        raise InvalidInput(
+            f"merger {merger.name!r} merges {merger.limit} updates, found one more",
+            remedy="End the line here, or rebuild it with a merger for any number: `deltaworks mergers` lists them",
         )
 
 

@@ -90,6 +90,7 @@ class Joint(Merger):
     """A method that needs one tensor of all updates at once."""
 
     state_size: ClassVar[str] = "none: reads the stored updates"
+    limit: ClassVar[int | None] = None  # updates that it can merge
 
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
         """Merged minus base for one tensor. `base` and `deltas` have its shape, in float32 or float64."""

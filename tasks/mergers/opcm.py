@@ -12,6 +12,7 @@ Shapes: S and tau [R, C]; U [R, K], s [K], Vh [K, C] with K = min(R, C); of thes
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,15 +73,18 @@ class Opcm(Sequential):
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
         tau = delta.to(getattr(torch, self.accumulate))
+        power = squared_norm(tau)
         if state is None:
             merged = tau
+        elif not power and self.variant != "reference":
+            merged = state["sum"]
         elif self._projected(target, tau):
             merged = state["sum"] + self._orthogonal(state["sum"], tau)
         elif self.variant == "reference" and target.role == "bare":
             merged = state["sum"] * facts["scale"]
         else:
             merged = state["sum"] + tau
-        return {"sum": merged}, {"update": squared_norm(tau), "merged": squared_norm(merged)}
+        return {"sum": merged}, {"update": power, "merged": squared_norm(merged)}
 
     def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
         """`norms`: sum of the updates' norms. `scale`: n_t / |S_t|, which is 1 / lambda_t."""
@@ -97,36 +101,37 @@ class Opcm(Sequential):
         return target.role in roles and tau.ndim == 2
 
     def _orthogonal(self, merged_RC: Tensor, tau_RC: Tensor) -> Tensor:
-        """g: the part of tau that is added."""
-        if self.variant != "reference" and not (merged_RC.any() and tau_RC.any()):
-            return tau_RC
+        """g: the part of tau that is added. Wide matrices are turned: then U is the large factor, and V the small."""
+        wide = merged_RC.shape[0] < merged_RC.shape[1]
+        tall, tau = (merged_RC.T, tau_RC.T) if wide else (merged_RC, tau_RC)
         sided = self.variant == "paper"
         if self.diagonal == "leave":
-            found = leading(merged_RC, self.alpha, reach=sided)
+            found = leading(tall, self.alpha, reach=sided)
             r, rank = len(found.s), 0
         else:
-            found = thin_svd(merged_RC)
+            found = thin_svd(tall)
             r, rank = protected(found.s, self.alpha, reach=sided), len(found.s)
             if self.variant != "reference":
-                rank = numerical_rank(found.s, *tau_RC.shape)
-        return tau_RC - (_cross(found, tau_RC, r, rank) if sided else _block(found, tau_RC, r, rank))
+                rank = numerical_rank(found.s, *tall.shape)
+        kept = tau_RC
+        for left, right in (_cross if sided else _block)(found, tau, r, rank):
+            kept = kept - (right.T @ left.T if wide else left @ right)
+        return kept
 
 
-def _block(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Tensor:
-    """What goes of tau if the protected part is the block i, j < r; the diagonal goes up to `rank`.
+def _block(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors of what goes of tau if the protected part is the block i, j < r; the diagonal goes up to `rank`.
 
-    Four products, of which those of size R * C * K are two: U' tau and the last one.
+    Of the products of size R * C * K there are two: U' tau, and the one that is left to the caller.
     """
     end = max(r, rank)
     U_Rk, Vh_kC = found.U[:, :end], found.Vh[:end]
     right_kC = U_Rk.T @ tau_RC
-    diagonal_k = (right_kC[r:] * Vh_kC[r:]).sum(1, keepdim=True)
-    removed_kC = torch.cat([right_kC[:r] @ Vh_kC[:r].T @ Vh_kC[:r], diagonal_k * Vh_kC[r:]])
-    return U_Rk @ removed_kC
+    yield U_Rk, torch.cat([right_kC[:r] @ Vh_kC[:r].T @ Vh_kC[:r], _diagonal(right_kC[r:], Vh_kC[r:])])
 
 
-def _cross(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Tensor:
-    """What goes of tau if all of i < r or j < r is protected; the diagonal goes up to `rank`.
+def _cross(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors of what goes of tau if all of i < r or j < r is protected; the diagonal goes up to `rank`.
 
     The full bases of the paper are not needed: with U_r U_r' = P and V_r V_r' = Q, what stays before the diagonal is
     (I - P) tau (I - Q), so what goes is P tau + (tau - P tau) Q.
@@ -134,6 +139,10 @@ def _cross(found: Thin, tau_RC: Tensor, r: int, rank: int) -> Tensor:
     end = max(r, rank)
     U_Rk, Vh_kC = found.U[:, :end], found.Vh[:end]
     right_kC = U_Rk.T @ tau_RC
-    diagonal_k = (right_kC[r:] * Vh_kC[r:]).sum(1, keepdim=True)
-    left_Rr = tau_RC @ Vh_kC[:r].T - U_Rk[:, :r] @ (right_kC[:r] @ Vh_kC[:r].T)
-    return U_Rk @ torch.cat([right_kC[:r], diagonal_k * Vh_kC[r:]]) + left_Rr @ Vh_kC[:r]
+    yield U_Rk, torch.cat([right_kC[:r], _diagonal(right_kC[r:], Vh_kC[r:])])
+    yield tau_RC @ Vh_kC[:r].T - U_Rk[:, :r] @ (right_kC[:r] @ Vh_kC[:r].T), Vh_kC[:r]
+
+
+def _diagonal(right_kC: Tensor, Vh_kC: Tensor) -> Tensor:
+    """(u_i' tau v_i) v_i', row by row, from u_i' tau."""
+    return (right_kC * Vh_kC).sum(1, keepdim=True) * Vh_kC

@@ -32,7 +32,7 @@ class Slerp(Joint):
     """
 
     source: ClassVar[str] = "Shoemake 1985, mergekit"
-    limit: ClassVar[int] = 2  # updates that it can merge
+    limit: ClassVar[int | None] = 2
 
     name: Literal["slerp"] = "slerp"
     version: Literal[1] = 1

@@ -5,7 +5,7 @@ a fraction of the decomposition of A. The price: rounding e of the Gram matrix i
 left vector A v_i / s_i. So only vectors of large enough values are taken from it, and what was assumed of the matrix
 is checked afterwards.
 
-Shapes: matrix [R, C]; tall [M, N] is the matrix or its transpose, M >= N; K = min(R, C) = N; r directions are asked for.
+Shapes: matrix [R, C]; tall [M, N] is the matrix or its transpose, M >= N; K = min(R, C) = N; r are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 _FEW = 32  # columns up to which everything is quick
-_CLEAR = {torch.float32: 8.0, torch.float64: 1e4}  # s_0 / s_i up to which a Gram matrix of this dtype is exact enough
+_CLEAR = {torch.float32: 6.0, torch.float64: 1e4}  # s_0 / s_i up to which a Gram matrix of this dtype is exact enough
+_REST = 1e5  # s_0 / s_i up to which float32 tells the left vectors of two halves apart
 _PRODUCT = 16.0  # s_0 / s_i up to which A v_i / s_i in float32 loses no more than gesdd in float32 does
 _ELONGATED = 1.3  # M / N from which the Gram matrix in float64 is faster than gesdd in float32
 _FLAT, _PEAKED = 4.0, 16.0  # peakedness up to which float32 is tried, for all triplets and for the leading ones
@@ -35,10 +36,10 @@ class Thin(NamedTuple):
 def thin_svd(matrix_RC: Tensor) -> Thin:
     """All K = min(R, C) triplets.
 
-    U and V are orthogonal, and their product is the matrix, to 1e-5 in float32 and 1e-13 in float64 (relative to s_0),
+    U and V are orthogonal, and their product is the matrix, to 2e-5 in float32 and 1e-13 in float64 (relative to s_0),
     whatever the condition and the rank. Vectors of values that are zero or equal are some orthonormal basis.
 
-    float32: if the spectrum is flat, as that of noise, triplets with s_i > s_0 / 8 from the Gram matrix in float32, and
+    float32: if the spectrum is flat, as that of noise, triplets with s_i > s_0 / 6 from the Gram matrix in float32, and
     the rest, which is narrow, by gesdd. Else, for R and C more than 30 % apart and a condition up to 1e4, all from the
     Gram matrix in float64. Otherwise, and in float64 always (a Gram matrix keeps 1e-16 * condition^2 there):
     torch.linalg.svd of the tall side.
@@ -57,7 +58,7 @@ def thin_svd(matrix_RC: Tensor) -> Thin:
 def leading(matrix_RC: Tensor, alpha: float, *, reach: bool = False) -> Thin:
     """The first r triplets alone, r = `protected(s, alpha, reach)`; the cut counts all values.
 
-    float32 goes through the Gram matrix: the vectors are orthogonal to 1e-5, and rounding turns the subspace by 3e-3
+    float32 goes through the Gram matrix: the vectors are orthogonal to 2e-5, and rounding turns the subspace by 3e-3
     radians at most, at its edge, where gesdd in float32 does no better. In float32 if this can be shown, else in
     float64; where even that is too coarse (s_r < s_0 / 1e4), and for float64: the first r of `thin_svd`.
     """
@@ -100,10 +101,10 @@ def _turned(found: Thin) -> Thin:
 
 
 def _clear_and_rest(tall_MN: Tensor) -> Thin | None:
-    """All triplets of a float32 matrix if its spectrum is flat, else None.
+    """All triplets of a float32 matrix if its spectrum is flat and its condition at most 1e5, else None.
 
-    What the clear left vectors have of A V_rest is rounding (at most 8 eps s_0), but much beside small values: without
-    it the two halves are orthogonal.
+    What the clear left vectors have of A V_rest is rounding (about 6 eps s_0), but much beside small values: without
+    it the two halves are orthogonal. Left vectors of zeros, however, would be any, those of the clear half included.
     """
     scaled = _gram(tall_MN, torch.float32)
     if scaled is None or _peakedness(scaled[0]) > _FLAT:
@@ -116,6 +117,8 @@ def _clear_and_rest(tall_MN: Tensor) -> Thin | None:
     rest = tall_MN @ V_NN[:, clear:]
     rest = rest - U @ (U.T @ rest)
     U_rest, s_rest, Vh_rest = torch.linalg.svd(rest, full_matrices=False)
+    if s_rest[-1] * _REST < s_N[0]:
+        return None
     # where the two meet, rounding may have changed the order
     s_K, order_K = torch.cat([s, s_rest]).sort(descending=True, stable=True)
     return Thin(torch.cat([U, U_rest], 1)[:, order_K], s_K, torch.cat([Vh, Vh_rest @ V_NN[:, clear:].T])[order_K])

@@ -23,15 +23,16 @@ class Scaling(Protocol):
 
     @property
     def needs_total(self) -> bool:
-        """Whether `share` needs the plain sum of all updates, which the state then keeps."""
+        """Whether `share` needs the sum of all updates, each times its weight, which the state then keeps."""
         ...
 
     def share(self, delta: Tensor, total: Tensor | None) -> Sums:
         """One tensor's share of what `close` needs: of this update, and of the sum of all updates so far."""
         ...
 
-    def close(self, facts: Facts, sums: Sums) -> Facts:
-        """The scaling's facts after one more update, from its facts before and the sums over all tensors."""
+    def close(self, facts: Facts, sums: Sums, weight: float = 1.0) -> Facts:
+        """The scaling's facts after one more update, from its facts before, the sums over all tensors, and how much
+        the update counts."""
         ...
 
     def measure(self, merged: Tensor) -> Sums:

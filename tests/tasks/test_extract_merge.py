@@ -18,7 +18,7 @@ from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import MERGERS, AnyMerger, Average, Opcm, TaskArithmetic, Ties
+from tasks.mergers import MERGERS, AnyMerger, Average, Joint, Opcm, TaskArithmetic, Ties
 from tasks.recipe import Recipe
 from tasks.tensors import prefixed, read_tensor
 from tests.builders import checkpoint_of, ingested, memory_store, perturbed, random_tensors, tiny_model, update_of
@@ -256,11 +256,11 @@ class TestMerge:
 
 
 def chain(folder: Path, merger: AnyMerger, store: ArtifactStore) -> tuple[list[UpdateRef], list[StateRef], str]:
-    """A line of three tuned models, from folders to the merged checkpoint."""
+    """A line of three tuned models, or as many as the merger takes, from folders to the merged checkpoint."""
     model = tiny_model("LlamaForCausalLM")
     base = ingested(model, folder / "base", store)
     updates, states = [], []
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3)[: merger.limit if isinstance(merger, Joint) else None]:
         tuned = ingested(perturbed(model, seed), folder / str(seed), store)
         updates.append(compress_update(extract_update(base, tuned, Extract(), store), Ternary(), store))
         states.append(fold_update(base, states[-1] if states else None, updates[-1], Recipe(merger), store))

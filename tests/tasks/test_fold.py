@@ -198,3 +198,34 @@ def test_sparsifying_is_keyed_by_the_update_and_not_by_the_line() -> None:
     for name in alone.names:
         total = after.parts(name)["sum"] - store.open(before).parts(name)["sum"]
         torch.testing.assert_close(total, alone.parts(name)["sum"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if getattr(recipe.merger, "limit", None)])
+def test_a_line_that_is_full_says_so_before_anything_is_written(name: str) -> None:
+    merger = RECIPES[name].merger
+    assert isinstance(merger, Joint)
+    assert merger.limit
+    store = memory_store()
+    base, state = grown(RECIPES[name], store, Budget(), count=merger.limit)
+    before = sorted(store.refs("state"))
+    with pytest.raises(InvalidInput, match=f"merges {merger.limit} updates, found one more"):
+        fold_update(base, state, update_of(tensors_of(9), base, store), RECIPES[name], store)
+    assert sorted(store.refs("state")) == before
+
+
+@pytest.mark.parametrize("scaling", [MatchNorm(), MatchNorm(norm="quadrature"), Lines()], ids=str)
+def test_weights_count_in_scalings(scaling: Any) -> None:
+    """An update of weight 3 is three updates of weight 1, as far as the norm of a mean and LiNeS's sums go."""
+    found = []
+    for seeds, weights in (((1, 2), (1.0, 3.0)), ((1, 2, 2, 2), (1.0, 1.0, 1.0, 1.0))):
+        store = memory_store()
+        base, state = checkpoint_of(tensors_of(0), store), None
+        for seed, weight in zip(seeds, weights, strict=True):
+            update = update_of(tensors_of(seed, 0.01), base, store)
+            state = fold_update(
+                base, state, update, Recipe(TaskArithmetic(scale=1.0), None, scaling), store, weight=weight
+            )
+        assert state is not None
+        facts = store.open(state).manifest.facts
+        found.append({key: facts[key] for key in facts if key.startswith("scaling.")})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
