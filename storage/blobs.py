@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -32,11 +31,26 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# the library writes the widest numbers first, so that every tensor begins at a multiple of its numbers' size
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_RANK = {DTYPES[name]: rank for rank, name in enumerate(_ORDER)}
+
 
 def encode_parts(parts: Mapping[str, Tensor]) -> bytes:
-    """The blob of one tensor's parts: a safetensors file without metadata, whose bytes depend on the parts alone."""
-    data: bytes = safetensors.torch.save({key: part.detach().cpu().contiguous() for key, part in parts.items()})
-    return data
+    """The blob of one tensor's parts: a safetensors file without metadata, whose bytes depend on the parts alone.
+
+    They are those that safetensors 0.8 writes, put together with one copy of the data where the library makes three.
+    """
+    ready = {key: part.detach().cpu().contiguous() for key, part in parts.items()}
+    order = sorted(ready, key=lambda key: (_RANK[ready[key].dtype], key.encode()))
+    header, end = {}, 0
+    for key in order:
+        begin, end = end, end + ready[key].nbytes
+        header[key] = {"dtype": _NAMES[ready[key].dtype], "shape": list(ready[key].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(_bytes(ready[key]) for key in order)])
 
 
 def decode_parts(data: memoryview, *, what: str) -> Parts:
@@ -49,6 +63,11 @@ def decode_parts(data: memoryview, *, what: str) -> Parts:
         return {key: _part(data, start, one) for key, one in header.items() if key != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Damaged(f"{what} is not a safetensors file: {error}") from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, whatever its dtype; numpy has no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _part(data: memoryview, start: int, header: Any) -> Tensor:

@@ -44,7 +44,7 @@ class TsvM(Sequential):
     """
 
     source: ClassVar[str] = "arXiv 2412.00081"
-    state_size: ClassVar[str] = "1 + min(R, C) / max(R, C) for R x C matrices, 1 more if min(R, C) <= 64; others 1"
+    state_size: ClassVar[str] = "at most 2; small matrices 3"
 
     name: Literal["tsv_m"] = "tsv_m"
     version: Literal[1] = 1

@@ -28,6 +28,7 @@ def read(data: bytes) -> dict[str, torch.Tensor]:
 def test_what_is_read_is_what_safetensors_reads(forms: dict[str, tuple[str, list[int]]]) -> None:
     parts = {name: (torch.randn(shape) * 50).to(DTYPES[dtype]) for name, (dtype, shape) in forms.items()}
     data = encode_parts(parts)
+    assert data == safetensors.torch.save(parts)
     expected, found = safetensors.torch.load(data), read(data)
     assert found.keys() == expected.keys() == parts.keys()
     for name, tensor in expected.items():
@@ -80,3 +81,11 @@ def attacked(**changes: object) -> bytes:
 def test_broken_files_are_damaged(data: bytes) -> None:
     with pytest.raises(Damaged, match="a blob is not a safetensors file"):
         read(data)
+
+
+def test_files_are_those_that_safetensors_writes() -> None:
+    """All dtypes at once, names that sort or are written in their own way, tensors that are no plain memory."""
+    parts = {f"{dtype} {number}": torch.ones(3).to(DTYPES[dtype]) for dtype in DTYPES for number in (2, 10)}
+    parts |= {"é\u2028\"\\\n\x01": torch.zeros(()), "turned": torch.randn(4, 3).T, "none": torch.zeros(0, 5)}
+    assert encode_parts(parts) == safetensors.torch.save({key: part.contiguous() for key, part in parts.items()})
+    assert encode_parts({}) == safetensors.torch.save({})
