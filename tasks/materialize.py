@@ -87,7 +87,7 @@ class _Merged:
     @property
     def workspace(self) -> float:
         merger = self.state.recipe.merger
-        return merger.workspace(len(self._updates)) if isinstance(merger, Joint) else merger.workspace()
+        return self.state.recipe.workspace(merger.workspace(len(self._updates)) if isinstance(merger, Joint) else 0)
 
     def delta(self, name: str) -> Tensor:
         merger = self.state.recipe.merger

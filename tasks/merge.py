@@ -59,7 +59,13 @@ def fold_update(
     records, allowed = newcomer.records, budget or Budget()
     if isinstance(recipe.merger, Joint):
         _check_limit(recipe.merger, facts)
-        shares = in_order(records, lambda one: _share(recipe, newcomer.delta(one), None), cost(4), allowed, report)
+        shares = in_order(
+            records,
+            lambda one: _share(recipe, newcomer.delta(one), None),
+            cost(recipe.workspace(joint=4)),
+            allowed,
+            report,
+        )
         draft.facts.update(_joint_facts(facts, update, weight), **_scaling_facts(recipe, facts, added(shares), weight))
         return StateRef(draft.commit())
 
@@ -70,7 +76,7 @@ def fold_update(
         return _fold_tensor(newcomer, before, record, facts, survey, store)
 
     sums: list[Sums] = []
-    for folded in in_order(records, fold_one, cost(merger.workspace()), allowed, report):
+    for folded in in_order(records, fold_one, cost(recipe.workspace()), allowed, report):
         draft.share(folded.record)
         sums.append(folded.sums)
     total = added(sums)

@@ -13,6 +13,8 @@ from tasks.mergers import MERGERS, AnyMerger, Joint
 from tasks.scalings import SCALINGS, AnyScaling
 from tasks.sparsifiers import SPARSIFIERS, AnySparsifier
 
+_THINNING = 6  # tensors that a sparsifier takes: the numbers drawn, the ranks of DELLA, the mask, the result
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -36,6 +38,11 @@ class Recipe:
             if choice is not None:
                 found[key] = choice.spec()
         return found
+
+    def workspace(self, joint: float = 0) -> float:
+        """Memory that one tensor takes, in multiples of its size in float32: at folding, or as given for a joint one."""
+        merging = joint if isinstance(self.merger, Joint) else self.merger.workspace()
+        return merging + (_THINNING if self.sparsify else 0)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], where: str) -> Recipe:

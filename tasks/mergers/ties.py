@@ -92,8 +92,8 @@ class Ties(Sequential):
         return chosen * self.scale
 
     def workspace(self) -> float:
-        """Eight parts, those before and those after, the update, and what it is trimmed with."""
-        return 12
+        """Parts before, after and as they are written, the update, and what it is trimmed with."""
+        return 16
 
 
 def threshold(deltas: Stream, density: float) -> float:
