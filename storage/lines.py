@@ -107,12 +107,10 @@ class Line:
                 remedy="A line keeps its base for life: give the new one another name",
             )
         if dict(head.merger) != dict(merger):
-            options = rebuild_options(head.merger, merger)
+            command = f"deltaworks line rebuild {self.name} {rebuild_options(head.merger, merger)}".rstrip()
             raise Conflict(
-                f"line {self.name!r} was opened with merger or rebuilt to merger {dict(head.merger)}, "
-                f"not {dict(merger)}",
-                remedy=f"Give the new line another name, or merge the updates of this one again: "
-                f"`deltaworks line rebuild {self.name} {options}`",
+                f"line {self.name!r} merges with {dict(head.merger)}, not with {dict(merger)}",
+                remedy=f"Give the new line another name, or merge the updates of this one again: `{command}`",
             )
         found = self._read(0)
         assert found is not None

@@ -86,6 +86,6 @@ def test_broken_files_are_damaged(data: bytes) -> None:
 def test_files_are_those_that_safetensors_writes() -> None:
     """All dtypes at once, names that sort or are written in their own way, tensors that are no plain memory."""
     parts = {f"{dtype} {number}": torch.ones(3).to(DTYPES[dtype]) for dtype in DTYPES for number in (2, 10)}
-    parts |= {"é\u2028\"\\\n\x01": torch.zeros(()), "turned": torch.randn(4, 3).T, "none": torch.zeros(0, 5)}
+    parts |= {'é\u2028"\\\n\x01': torch.zeros(()), "turned": torch.randn(4, 3).T, "none": torch.zeros(0, 5)}
     assert encode_parts(parts) == safetensors.torch.save({key: part.contiguous() for key, part in parts.items()})
     assert encode_parts({}) == safetensors.torch.save({})

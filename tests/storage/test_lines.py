@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
 from storage.errors import Conflict, Damaged, InvalidInput, Missing
-from storage.lines import Entry, Line
+from storage.lines import Entry, Fold, Line, rebuild_options
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
 
 MERGER = {"name": "average", "version": 1}
+TIES = {"name": "ties", "version": 1, "density": 0.2}
 
 
 def ref(kind: str, text: str) -> Ref:
@@ -37,8 +41,12 @@ def line(objects: MemoryObjects) -> Line:
 def fold(line: Line, task: str) -> Entry:
     """Merge `task` onto the head. The state's ref follows from everything merged before, as a real one does."""
     before = line.head()
-    state = StateRef(ref("state", f"{before.state} {task}"))
+    state = state_of(before.state, task, 1.0, before.merger)
     return line.fold(before, task, UpdateRef(ref("update", task)), state)
+
+
+def state_of(before: StateRef | None, task: str, weight: float, merger: Mapping[str, Any]) -> StateRef:
+    return StateRef(ref("state", f"{before} {task} {weight} {sorted(merger.items())}"))
 
 
 def merged(line: Line) -> str:
@@ -115,16 +123,176 @@ def test_opening_again_finds_the_line(line: Line, objects: MemoryObjects) -> Non
 @pytest.mark.parametrize(
     ("base", "merger", "what"),
     [
-        (CheckpointRef(ref("checkpoint", "other")), MERGER, "base"),
-        (BASE, {"name": "ties", "version": 1}, "merger"),
-        (BASE, {**MERGER, "scale": 0.3}, "merger"),
+        (CheckpointRef(ref("checkpoint", "other")), MERGER, "opened with base"),
+        (BASE, {"name": "ties", "version": 1, "density": 0.2}, r"rebuild main --merger ties --set density=0\.2`"),
+        (BASE, {**MERGER, "scale": 0.3}, r"rebuild main --set scale=0\.3`"),
+        (BASE, {**MERGER, "version": 2}, "rebuild main`"),
+        (BASE, {**MERGER, "scaling": {"name": "lines", "version": 1, "rule": "multi"}}, "--scaling lines --set"),
     ],
-    ids=["base", "merger", "settings"],
+    ids=["base", "merger", "settings", "version", "scaling"],
 )
 def test_opening_with_something_else_is_refused(line: Line, base: CheckpointRef, merger: dict, what: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(Conflict, match=f"'main' was opened with {what}"):
+    with pytest.raises(Conflict, match=what):
         line.open(base, merger)
     assert len(list(line.entries())) == 1
+
+
+def rebuild(
+    line: Line, tasks: str, merger: Mapping[str, Any] = MERGER, weights: Mapping[str, float] | None = None
+) -> Entry:
+    """Merge `tasks` again, in this order."""
+    folds: list[Fold] = []
+    for task in tasks:
+        weight = (weights or {}).get(task, 1.0)
+        before = folds[-1].state if folds else None
+        folds.append(Fold(task, UpdateRef(ref("update", task)), state_of(before, task, weight, merger), weight))
+    return line.rebuild(line.head(), merger, folds)
+
+
+def test_a_rebuild_is_one_more_entry_with_all_that_it_merged(line: Line) -> None:
+    for task in "abc":
+        fold(line, task)
+    made = line.rebuild(
+        line.head(), TIES, [Fold("c", UpdateRef(ref("update", "c")), StateRef(ref("state", "c")))], "why"
+    )
+    assert (made.number, made.action, made.step, made.task, made.why) == (4, "rebuild", 1, "c", "why")
+    head = line.head()
+    assert head == made
+    assert (head.state, dict(head.merger)) == (made.folds[-1].state, TIES)
+    assert merged(line) == "c"
+    assert [entry.action for entry in line.entries()] == ["open", "fold", "fold", "fold", "rebuild"]
+
+
+def test_a_line_goes_on_after_a_rebuild(line: Line) -> None:
+    for task in "abc":
+        fold(line, task)
+    rebuild(line, "ca", TIES)
+    added = fold(line, "d")
+    assert (added.step, dict(added.merger)) == (3, TIES)
+    assert merged(line) == "cad"
+
+
+def test_rolling_back_over_a_rebuild_and_into_it(line: Line) -> None:
+    for task in "abc":
+        fold(line, task)
+    before = line.head()
+    rebuild(line, "cab", TIES)
+    inside = line.history()[1]
+    line.rollback(before, "it was better")
+    assert (merged(line), dict(line.head().merger)) == ("abc", MERGER)
+    line.rollback(inside, "or not")
+    assert (merged(line), dict(line.head().merger), line.head().step) == ("ca", TIES, 2)
+    assert fold(line, "d").step == 3
+    assert merged(line) == "cad"
+
+
+def test_states_that_stay_keep_their_entries(line: Line) -> None:
+    """So that what was registered of them is found again."""
+    for task in "abcd":
+        fold(line, task)
+    rebuild(line, "abd")
+    assert [(entry.task, entry.number, entry.step) for entry in line.history()] == [
+        ("a", 1, 1),
+        ("b", 2, 2),
+        ("d", 5, 3),
+    ]
+
+
+def test_weights_are_kept(line: Line) -> None:
+    before = line.head()
+    line.fold(before, "a", UpdateRef(ref("update", "a")), StateRef(ref("state", "a")), 0.5)
+    assert [entry.weight for entry in line.history()] == [0.5]
+    rebuild(line, "ba", weights={"a": 2.0})
+    assert [(entry.task, entry.weight) for entry in line.history()] == [("b", 1.0), ("a", 2.0)]
+    assert line.head().weight == 2.0
+    first = line.history()[0]
+    line.rollback(line.history()[1], "the same")
+    assert line.head().weight == 2.0
+    line.rollback(first, "")
+    assert line.head().weight == 1.0
+
+
+def test_a_rebuilt_line_opens_with_the_merger_that_it_has_now(line: Line) -> None:
+    fold(line, "a")
+    rebuild(line, "a", TIES)
+    line.open(BASE, TIES)
+    with pytest.raises(Conflict, match=r"merges with .*'ties'.*line rebuild main --merger average`"):
+        line.open(BASE, MERGER)
+    line.rollback(line.history()[0], "")
+    line.open(BASE, TIES)
+
+
+@pytest.mark.parametrize("how", ["fold", "rollback", "rebuild"])
+def test_a_rebuild_that_came_too_late_is_refused(line: Line, how: str) -> None:
+    first = fold(line, "a")
+    before = fold(line, "b")
+    if how == "fold":
+        fold(line, "c")
+    elif how == "rollback":
+        line.rollback(first, "")
+    else:
+        rebuild(line, "b")
+    held = list(line.entries())
+    with pytest.raises(Conflict, match="entry 3 already holds update/"):
+        line.rebuild(before, MERGER, [first.fold])
+    assert list(line.entries()) == held
+
+
+def test_a_rollback_does_not_undo_what_it_has_not_seen(line: Line) -> None:
+    first, seen = fold(line, "a"), fold(line, "b")
+    fold(line, "c")
+    with pytest.raises(Conflict):
+        line.rollback(first, "", after=seen)
+    assert merged(line) == "abc"
+
+
+def test_the_same_rebuild_again_is_no_second_one(line: Line) -> None:
+    before = fold(line, "a")
+    made = line.rebuild(before, TIES, [before.fold], "once")
+    assert line.rebuild(before, TIES, [before.fold], "once more") == made
+    assert len(list(line.entries())) == 3
+
+
+def test_a_rebuild_of_nothing_is_refused(line: Line) -> None:
+    with pytest.raises(InvalidInput, match="at least one update"):
+        line.rebuild(fold(line, "a"), MERGER, [])
+
+
+def test_entries_of_earlier_versions_are_read(line: Line, objects: MemoryObjects) -> None:
+    """As they were written before entries had weights, and before there were rebuilds."""
+    update, state = ref("update", "a"), ref("state", "a")
+    written = (
+        f'{{"action":"fold","at":"2025-11-03T10:00:00+00:00","base":"{BASE}","merger":{{"name":"average","version":1}},'
+        f'"number":1,"state":"{state}","step":1,"task":"a","update":"{update}","why":""}}'
+    )
+    objects.put("line/main/00000001", written.encode())
+    assert line.head() == Entry(
+        1, "fold", BASE, MERGER, 1, "a", UpdateRef(update), StateRef(state), at="2025-11-03T10:00:00+00:00"
+    )
+    assert line.history()[0].fold == Fold("a", UpdateRef(update), StateRef(state), 1.0)
+    rebuild(line, "ba")
+    assert merged(line) == "ba"
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "options"),
+    [
+        (MERGER, TIES, "--merger ties --set density=0.2"),
+        (TIES, {**TIES, "density": 0.5}, "--set density=0.5"),
+        (TIES, {**TIES, "version": 2}, ""),
+        (TIES, {**TIES, "beta": None, "parts": [1, 2]}, "--set beta=null --set 'parts=[1, 2]'"),
+        (
+            TIES,
+            {**TIES, "sparsify": {"name": "dare", "version": 1, "seed": 3}},
+            "--sparsify dare --set sparsify.seed=3",
+        ),
+        ({**TIES, "scaling": {"name": "lines", "version": 1}}, TIES, "--scaling none"),
+    ],
+)
+def test_options_that_lead_from_one_merger_to_another(
+    held: dict[str, Any], wanted: dict[str, Any], options: str
+) -> None:
+    assert rebuild_options(held, wanted) == options
 
 
 def test_a_merge_that_came_too_late_is_refused(line: Line) -> None:
@@ -163,11 +331,28 @@ def test_names_that_are_none(objects: MemoryObjects, name: str) -> None:
         Line(objects, name)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"number": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"{}", b'{"number": 1}', b"\xff", b'{"folds": [1]}', b'{"folds": 1}']
+)
 def test_an_entry_that_cannot_be_read_is_damaged(line: Line, objects: MemoryObjects, data: bytes) -> None:
     fold(line, "a")
     objects.put("line/main/00000001", data)
     with pytest.raises(Damaged, match="line/main/00000001"):
         line.head()
     with pytest.raises(Damaged, match="line/main/00000001"):
+        line.history()
+
+
+def test_an_action_of_a_later_version_is_not_passed_over(line: Line, objects: MemoryObjects) -> None:
+    fold(line, "a")
+    data = objects.get("line/main/00000001").replace(b'"fold"', b'"squash"')
+    objects.put("line/main/00000001", data)
+    with pytest.raises(Damaged, match="'squash', which this version does not know"):
+        line.history()
+
+
+def test_going_back_to_what_never_was_is_damaged(line: Line) -> None:
+    other = replace(fold(line, "a"), state=StateRef(ref("state", "elsewhere")))
+    line.rollback(other, "")
+    with pytest.raises(Damaged, match="line/main/00000002 goes back to state/"):
         line.history()
