@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -29,6 +29,8 @@ from tasks.tuners import AnyTuner, Full
 
 PRESETS = Path(__file__).parent / "presets"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+
+Config = TypeVar("Config")
 
 AnyBase = Annotated[DigitsBase | Checkpoint, BY_NAME]
 
@@ -65,6 +67,9 @@ class LineConfig:
     merger: AnyMerger
     sparsify: AnySparsifier | None = None
     scaling: AnyScaling | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.recipe  # choices that do not compose are refused here, before anything is trained
 
     @property
     def recipe(self) -> Recipe:
@@ -104,6 +109,7 @@ class ChainConfig:
 
 
 _ADAPTER: TypeAdapter[ChainConfig] = TypeAdapter(ChainConfig)
+_LINE: TypeAdapter[LineConfig] = TypeAdapter(LineConfig)
 
 
 def load_chain(source: str | Path) -> ChainConfig:
@@ -122,11 +128,12 @@ def parse_chain(values: Any, *, source: str = "the chain") -> ChainConfig:
     """A chain from plain values. Errors name every wrong field and what it could be."""
     if not isinstance(values, dict):
         raise InvalidInput(f"{source} must be a mapping with the fields {', '.join(_fields(ChainConfig))}")
-    try:
-        return _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        problems = "\n  ".join(dict.fromkeys(_explain(one) for one in error.errors()))
-        raise InvalidInput(f"{source} is not a valid chain:\n  {problems}") from None
+    return _validated(_ADAPTER, values, f"{source} is not a valid chain")
+
+
+def parse_line(values: Any, *, source: str = "the line") -> LineConfig:
+    """One line from plain values, with the same errors."""
+    return _validated(_LINE, values, f"{source} is not a valid line")
 
 
 def dump_chain(config: ChainConfig) -> dict[str, Any]:
@@ -137,6 +144,14 @@ def dump_chain(config: ChainConfig) -> dict[str, Any]:
 
 def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _validated(adapter: TypeAdapter[Config], values: Any, problem: str) -> Config:
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        problems = "\n  ".join(dict.fromkeys(_explain(one) for one in error.errors()))
+        raise InvalidInput(f"{problem}:\n  {problems}") from None
 
 
 def _find(source: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import flow
@@ -11,10 +11,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
+from flows.continuation import Wanted, check_continuation
+from flows.policy import named, run_now
 from flows.workplace import here
-from storage.errors import Conflict
-from storage.lines import Entry, Line
-from storage.refs import CheckpointRef, ScoresRef, UpdateRef, short
+from storage.lines import Entry, Fold, Line
+from storage.refs import CheckpointRef, ScoresRef, UpdateRef
 from storage.registry import ModelVersion
 from tasks.evaluate import Summary, leading, summarise
 
@@ -42,10 +43,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Grown:
-    """A line after the chain."""
+    """A line after the chain. `beyond`: tasks that it holds after those of the chain."""
 
     name: str
     steps: list[Step] = field(default_factory=list)
+    beyond: tuple[str, ...] = ()
 
     @property
     def last(self) -> Step:
@@ -75,8 +77,8 @@ class Outcome:
 )
 def chain(config: ChainConfig) -> Outcome:
     """Base; for each task fine-tune, extract and compress; then fold one by one, evaluating after every step."""
-    base = _run(steps.base_step(config.base), f"base {config.base.name}", config.base)
-    base_scores = _run(steps.evaluate, "evaluate base", base, list(config.tasks), base)
+    base = run_now(steps.base_step(config.base), f"base {config.base.name}", config.base)
+    base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
     prepared = _prepare(config, base)
     lines = [_grow(config, line, base, prepared) for line in config.lines]
     return Outcome(base, base_scores, prepared, lines)
@@ -94,13 +96,13 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
     submitted: list[tuple[Task, dict[str, PrefectFuture[Any]]]] = []
     for task in config.tasks:
         if task.checkpoint:
-            tuned = _named(steps.ingest, f"ingest {task.name}").submit(task.checkpoint)
+            tuned = named(steps.ingest, f"ingest {task.name}").submit(task.checkpoint)
         else:
-            step = _named(steps.fine_tune, f"fine-tune {task.name}")
+            step = named(steps.fine_tune, f"fine-tune {task.name}")
             tuned = step.submit(base, task.name, task.suite, config.tuner_of(task))
-        update = _named(steps.extract, f"extract {task.name}").submit(base, tuned, config.extract)
-        small = _named(steps.compress, f"compress {task.name}").submit(update, config.codec)
-        alone = _named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task], base)
+        update = named(steps.extract, f"extract {task.name}").submit(base, tuned, config.extract)
+        small = named(steps.compress, f"compress {task.name}").submit(update, config.codec)
+        alone = named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task], base)
         submitted.append((task, {"tuned": tuned, "alone": alone, "update": small}))
     return [Prepared(task, **{name: one.result() for name, one in futures.items()}) for task, futures in submitted]
 
@@ -111,47 +113,32 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
     journal.open(base, line.recipe.spec())
     head = journal.head()  # before the history is read: a merge that comes in between makes the commit fail, not vanish
     entries = journal.history()
-    grown = Grown(line.name)
+    check_continuation(
+        line.name, head, entries, [Wanted(one.task.name, one.update, one.task.weight) for one in prepared]
+    )
+    grown = Grown(line.name, beyond=tuple(entry.task for entry in entries[len(prepared) :]))
     alone = {one.task.name: leading(here().store.open(one.alone))[one.task.name] for one in prepared}
     matrix: list[dict[str, float]] = []
     for number, one in enumerate(prepared):
         name = one.task.name
-        if number < len(entries):
-            _check_history(line.name, entries[number], one, number)
         before = entries[number - 1] if number else None
         held = before.state if before else None
-        state = _run(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.recipe, one.task.weight)
+        state = run_now(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.recipe, one.task.weight)
         if number == len(entries):
             label = f"{line.name}: commit {name}"
-            head = _run(steps.commit, label, line.name, head, name, one.update, state)
+            folded = Fold(name, one.update, state, one.task.weight)
+            head = run_now(steps.commit, label, line.name, head, folded)
             entries.append(head)
-        model = _run(steps.materialize, f"{line.name}: write {name}", base, state)
+        model = run_now(steps.materialize, f"{line.name}: write {name}", base, state)
         seen = [task.task for task in prepared[: number + 1]]
-        scores = _run(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, base)
+        scores = run_now(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, base)
         matrix.append(leading(here().store.open(scores)))
         summary = summarise(matrix, alone)
         so_far = entries[: number + 1]
+        if number + 1 == len(prepared) == len(entries):
+            # a head that went back to an older state is a new version all the same, so that the alias can follow it
+            so_far[-1] = replace(so_far[-1], number=head.number)
         label = f"{line.name}: register {name}"
-        version = _run(steps.register, label, config.name, line.name, so_far, model, scores, summary)
+        version = run_now(steps.register, label, config.name, line.name, so_far, model, scores, summary)
         grown.steps.append(Step(entries[number], model, scores, summary, version))
     return grown
-
-
-def _check_history(line: str, entry: Entry, one: Prepared, number: int) -> None:
-    """A line is a history: a chain may go on with it, but not tell another one."""
-    if entry.update != one.update:
-        held = f"{entry.task!r} ({short(entry.update or '')})"
-        raise Conflict(
-            f"line {line!r} already holds {held} as its step {number + 1}, this chain would merge "
-            f"{one.task.name!r} ({short(one.update)})",
-            remedy="Give the line a new name in the config, or go on with the chain that it was grown by",
-        )
-
-
-def _run(step: Any, name: str, *inputs: Any) -> Any:
-    """Run a step now, under a name that people understand, and return what it gave."""
-    return _named(step, name)(*inputs, return_state=True).result()
-
-
-def _named(step: Any, name: str) -> Any:
-    return step.with_options(task_run_name=name)

@@ -5,25 +5,28 @@ Heavy imports wait until a command needs them, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from storage.errors import DeltaworksError
+from flows.line_commands import line_app
+from flows.terminal import (
+    Memory,
+    Quiet,
+    Verbose,
+    Workers,
+    console,
+    embedded_prefect,
+    errors,
+    errors_explained,
+    open_workplace,
+)
 
 if TYPE_CHECKING:
-    from flows.servers import Server
     from flows.workplace import Workplace
     from storage.refs import Ref
 
@@ -36,43 +39,47 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
 [bold]Try it[/]
 
-  deltaworks run demo                   six tasks on real data, no account, no download, about a minute
+  deltaworks run demo                   six tasks on real data, about a minute
 
   deltaworks line log demo-opcm         how the merged model came to be
 
-  deltaworks export demo-opcm ./model   its newest version as a folder for from_pretrained
+  deltaworks line rebuild --help        the same updates, merged otherwise
 
-  deltaworks ui                         the versions in MLflow, the runs in Prefect
+  deltaworks mergers                    every way to merge, and its settings
 
-[bold]Where things are[/] (environment variables; a local .deltaworks folder if none is set)
+  deltaworks export demo-opcm ./model   a folder for from_pretrained
+
+  deltaworks ui                         versions in MLflow, runs in Prefect
+
+[bold]Where things are[/] (environment; a local .deltaworks folder if none is set)
 
   DELTAWORKS_HOME      folder of the embedded store and databases
 
-  DELTAWORKS_STORE     file:///path or s3://bucket/prefix (with AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)
+  DELTAWORKS_STORE     file:///path, or s3://bucket/prefix and AWS_ variables
 
   MLFLOW_TRACKING_URI  an MLflow server, instead of the embedded database
 
   PREFECT_API_URL      a Prefect server, instead of one that each run starts
 
-  DELTAWORKS_DEVICE    cpu or cuda; DELTAWORKS_THREADS: CPU threads of torch (1)
+  DELTAWORKS_DEVICE    cpu or cuda
+
+  DELTAWORKS_THREADS   CPU threads of torch (1)
+
+  DELTAWORKS_WORKERS   tensors worked on at once (a core each, up to 16)
+
+  DELTAWORKS_MEMORY    what they may take together (4GiB)
 """,
 )
-line_app = typer.Typer(no_args_is_help=True, help="Lines: the merged models and their histories.")
 app.add_typer(line_app, name="line")
-
-_WIDE = 160  # for files and pipes, where nothing should be cut or wrapped
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDE)
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was asked for, no progress.")]
 
 
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset: demo, smoke ...")],
     quiet: Quiet = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log and full tracebacks.")] = False,
+    verbose: Verbose = False,
+    memory: Memory = None,
+    workers: Workers = None,
 ) -> None:
     """Run a chain: fine-tune, extract, compress, merge, evaluate, register.
 
@@ -80,12 +87,12 @@ def run(
 
     Examples:  deltaworks run demo        deltaworks run chains/support-models.yaml
     """
-    with _errors_explained(verbose):
+    with errors_explained(verbose):
         from configs.chain import load_chain
 
         chosen = load_chain(config)  # before anything slow: a typo is answered at once
-        place = _open_workplace(verbose)
-        server = _embedded_prefect(place)
+        place = open_workplace(verbose, memory, workers)
+        server = embedded_prefect(place)
         from flows.launch import launch  # imports prefect, which reads where its server is
 
         if server:
@@ -93,40 +100,25 @@ def run(
         launch(chosen, place, console, quiet)
 
 
-@line_app.command("log")
-def line_log(name: Annotated[str, typer.Argument(help="Name of the line, such as demo-opcm.")]) -> None:
-    """Print the journal of a line: every merge and rollback, oldest first."""
-    with _errors_explained():
-        from flows.tables import journal_table
-        from storage.lines import Line
+@app.command()
+def mergers(
+    name: Annotated[str | None, typer.Argument(help="A merger, sparsifier or scaling, for all its settings.")] = None,
+) -> None:
+    """List the mergers, and the sparsifiers and scalings that go with them; with NAME, all settings of one."""
+    with errors_explained():
+        from flows.catalogue import about, overview
 
-        line = Line(_open_workplace().store.objects, name)
-        line.head()
-        console.print(journal_table(name, list(line.entries())))
-
-
-@line_app.command("show")
-def line_show(name: Annotated[str, typer.Argument(help="Name of the line, such as demo-opcm.")]) -> None:
-    """Print what a line is made of now: its base, merger, and the updates in its head."""
-    with _errors_explained():
-        from storage.lines import Line
-
-        line = Line(_open_workplace().store.objects, name)
-        head = line.head()
-        settings = ", ".join(f"{key} {value}" for key, value in head.merger.items() if key not in ("name", "version"))
-        console.print(f"line    {name}\nmerger  {head.merger['name']} {settings}", soft_wrap=True)
-        console.print(f"base    {head.base}\nstate   {head.state or 'nothing merged yet'}", soft_wrap=True)
-        for entry in line.history():
-            console.print(f"{entry.step:>4}  {entry.task:<16} {entry.update}", soft_wrap=True)
+        for part in overview(console.width) if name is None else about(name, console.width):
+            console.print(part)
 
 
 @app.command()
 def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one: update/1b2c3d")]) -> None:
     """Print an artifact: what it is made of, where it came from, what it costs."""
-    with _errors_explained():
+    with errors_explained():
         from flows.tables import show_artifact
 
-        store = _open_workplace().store
+        store = open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
             console.print(part)
 
@@ -140,8 +132,8 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model as a Hugging Face folder: config, tokenizer, safetensors. `from_pretrained` loads it."""
-    with _errors_explained():
-        place = _open_workplace()
+    with errors_explained():
+        place = open_workplace()
         from flows.board import bar
         from storage.refs import CheckpointRef
         from tasks.export import export as write
@@ -160,10 +152,10 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Read stored bytes and hold them against the digests that name them. Exit code 1 if anything is wrong."""
-    with _errors_explained():
+    with errors_explained():
         if (ref is None) == (not everything):
             raise typer.BadParameter("give either a ref or --all")
-        place = _open_workplace()
+        place = open_workplace()
         from flows.board import bar
         from storage.verify import verify as check
         from storage.verify import verify_lines
@@ -190,8 +182,8 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect; the next free one if taken.")] = 4200,
 ) -> None:
     """Start MLflow and Prefect over the local databases, and print their addresses. Ctrl-C stops both."""
-    with _errors_explained():
-        settings = _open_workplace().settings
+    with errors_explained():
+        settings = open_workplace().settings
         from flows.servers import free_port, start_mlflow, start_prefect
 
         ports = free_port(host, mlflow_port), free_port(host, prefect_port)
@@ -219,56 +211,6 @@ def _model(place: Workplace, what: str) -> Ref:
     from flows.steps import head_model
 
     return place.store.resolve(what) if "/" in what else head_model(what)
-
-
-def _embedded_prefect(place: Workplace) -> Server | None:
-    """Start a Prefect server for this run, unless PREFECT_API_URL names one. It starts while prefect is imported."""
-    if os.environ.get("PREFECT_API_URL"):
-        return None
-    from flows.servers import LOOPBACK, free_port, start_prefect
-
-    port = free_port()
-    server = start_prefect(place.settings, LOOPBACK, port, ui=False)
-    atexit.register(server.stop)  # before prefect is imported, so that its last events are sent first
-    os.environ["PREFECT_API_URL"] = f"http://{LOOPBACK}:{port}/api"
-    return server
-
-
-def _open_workplace(verbose: bool = False) -> Workplace:
-    """Set the process up. Prefect reads its settings when it is imported, so this comes first."""
-    from configs.settings import Settings
-
-    settings = Settings.from_environment()
-    (settings.home / "prefect").mkdir(parents=True, exist_ok=True)  # Prefect creates only the last folder of a path
-    defaults = {
-        "PREFECT_HOME": str(settings.home / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
-        "PREFECT_CLI_PROMPT": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "0" if verbose else "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if not verbose:
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"prefect|transformers|torch")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-    from flows.workplace import here
-
-    return here()
-
-
-@contextmanager
-def _errors_explained(verbose: bool = False) -> Iterator[None]:
-    """Our own errors as one message and exit code 1; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except DeltaworksError as error:
-        if verbose:
-            raise
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

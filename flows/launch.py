@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +12,7 @@ from flows.board import Board
 from flows.chain import Outcome, chain, count_steps
 from flows.picture import draw
 from flows.report import accuracy_rows, accuracy_table, comparison_table, size_lines
+from flows.terminal import called
 from flows.workplace import Workplace
 from storage.manifest import canonical, digest
 from storage.registry import Stage
@@ -43,18 +41,17 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
         console.print(f"nothing to do: all {board.reused_steps} steps were done before")
     elif not quiet:
         console.print(f"{board.done} steps done, {board.reused_steps} found done")
+    for line in outcome.lines:
+        if line.beyond:
+            held = ", ".join(line.beyond)
+            console.print(f"note: {line.name} also holds {held}, which this chain does not have: not measured here")
     best = outcome.best.last
     console.print(f"best: {best.version.name} version {best.version.version}, {best.model}", soft_wrap=True)
     if not quiet:
         console.print(f"picture: {picture}", soft_wrap=True)
-        command = _command()
+        command = called()
         console.print(f"next: {command} export {best.version.name} ./model    or    {command} ui", soft_wrap=True)
     return outcome
-
-
-def _command() -> str:
-    """How this command was called, if its plain name would not be found."""
-    return "deltaworks" if shutil.which("deltaworks") else os.path.relpath(sys.argv[0])
 
 
 def _log(config: ChainConfig, place: Workplace, outcome: Outcome, files: list[Path]) -> None:

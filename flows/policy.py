@@ -30,6 +30,8 @@ R = TypeVar("R", bound=Ref)
 
 RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds between attempts
 
+_versions: dict[str, int] = {}  # of the steps that are done once
+
 
 def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
     """A step that is done once per content: the second time the remembered ref is returned.
@@ -39,6 +41,8 @@ def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
+        _versions[function.__name__] = version
+
         @wraps(function)
         def step(*args: P.args, **kwargs: P.kwargs) -> Any:
             store = here().store
@@ -69,6 +73,22 @@ def always(function: Callable[P, Any]) -> Task[P, Any]:
         return found
 
     return _as_task(step)
+
+
+def remembered(step: Task[P, R], *inputs: Any) -> Ref | None:
+    """What a `once` step would find done, without running it."""
+    name = step.fn.__name__
+    return here().store.recall(content_key(name, _versions[name], list(inputs)))
+
+
+def named(step: Any, name: str) -> Any:
+    """The step under a name that people understand."""
+    return step.with_options(task_run_name=name)
+
+
+def run_now(step: Any, name: str, *inputs: Any) -> Any:
+    """Run a step now, under that name, and return what it gave."""
+    return named(step, name)(*inputs, return_state=True).result()
 
 
 def cached(value: Any) -> State[Any]:

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flows.chain import Grown, Outcome
+from flows.tables import recipe_name
 from flows.workplace import here
 from tasks.evaluate import leading
 
@@ -65,7 +66,7 @@ def comparison_table(outcome: Outcome) -> Table:
         summary, last = line.last.summary, line.last
         table.add_row(
             line.name,
-            str(last.entry.merger["name"]),
+            recipe_name(last.entry.merger),
             _percent(summary.average),
             _percent(summary.worst),
             _percent(summary.normalised),

@@ -19,7 +19,7 @@ from flows import progress
 from flows.policy import always, cached, label, once
 from flows.workplace import here
 from storage.errors import InvalidInput
-from storage.lines import Entry, Line
+from storage.lines import Entry, Fold, Line
 from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
 from tasks.codecs import AnyCodec
 from tasks.digits_base import DigitsBase
@@ -94,8 +94,13 @@ def evaluate(model: CheckpointRef, seen: list[Task], base: CheckpointRef) -> Sco
 
 
 @always
-def commit(line: str, after: Entry, task: str, update: UpdateRef, state: StateRef) -> Entry:
-    return Line(here().store.objects, line).fold(after, task, update, state)
+def commit(line: str, after: Entry, folded: Fold) -> Entry:
+    return Line(here().store.objects, line).fold(after, folded.task, folded.update, folded.state, folded.weight)
+
+
+@always
+def commit_rebuild(line: str, after: Entry, recipe: Recipe, folds: list[Fold], why: str) -> Entry:
+    return Line(here().store.objects, line).rebuild(after, recipe.spec(), folds, why)
 
 
 @always

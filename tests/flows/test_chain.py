@@ -26,6 +26,7 @@ from tasks.codecs import Ternary
 from tasks.evaluate import leading
 from tasks.export import export
 from tasks.mergers import Average, Opcm
+from tasks.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -152,7 +153,7 @@ def test_a_line_does_not_change_its_history() -> None:
     with pytest.raises(Conflict, match="already holds 'rot90'"):
         chain(replace(config, tasks=config.tasks[::-1]))
     other = replace(config, lines=(replace(config.lines[0], merger=Opcm(alpha=0.25)),))
-    with pytest.raises(Conflict, match="opened with merger"):
+    with pytest.raises(Conflict, match=r"merges with .*'alpha': 0\.5.*rebuild smoke-opcm --set alpha=0\.25"):
         chain(other)
 
 
@@ -200,7 +201,7 @@ def test_chain_on_s3(s3_url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_input_is_not_retried(count: Count) -> None:
     config = short_chain()
     base = chain(config).base
-    state = steps.fold(base, None, UpdateRef(Ref(f"update/{'0' * 64}")), Average(), return_state=True)
+    state = steps.fold(base, None, UpdateRef(Ref(f"update/{'0' * 64}")), Recipe(Average()), 1.0, return_state=True)
     assert state.is_failed()
     assert count.waits == []
     with pytest.raises(Missing, match="update/0000"):

@@ -35,7 +35,7 @@ def deltaworks(home: Path, *arguments: str, **environment: str) -> subprocess.Co
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which the smoke chain has run."""
     home = tmp_path_factory.mktemp("grown")
-    found = deltaworks(home, "run", "smoke")
+    found = deltaworks(home, "run", "smoke", "--memory", "500MB", "--workers", "2")
     assert found.returncode == 0, found.stderr
     assert "the merged models" in found.stdout
     assert "times smaller than the model in bfloat16" in found.stdout
@@ -58,7 +58,8 @@ def test_help_teaches() -> None:
     start = time.monotonic()
     found = deltaworks(Path(), "--help")
     assert found.returncode == 0
-    for word in ("run", "line", "show", "export", "verify", "ui", "deltaworks run demo", "DELTAWORKS_STORE"):
+    words = ("run", "line", "mergers", "show", "export", "verify", "ui", "deltaworks run demo", "DELTAWORKS_STORE")
+    for word in (*words, "DELTAWORKS_MEMORY", "DELTAWORKS_WORKERS"):
         assert word in found.stdout
     assert time.monotonic() - start < 10, "help must not wait for heavy imports"
 
@@ -82,6 +83,76 @@ def test_line_and_show(grown: Path) -> None:
     assert update in about
     assert "made by compress" in about
     assert "ternary@1" in about
+
+
+def test_mergers_are_listed_quickly(tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = deltaworks(tmp_path / "home", "mergers")
+    assert found.returncode == 0
+    for word in ("opcm", "ties", "sce", "dare", "match_norm", "arXiv 2501.09522"):
+        assert word in found.stdout
+    assert time.monotonic() - start < 10, "neither prefect nor transformers is needed for that"
+    assert not (tmp_path / "home").exists()
+    one = deltaworks(tmp_path / "home", "mergers", "ties").stdout
+    assert "trim" in one and "model | tensor" in one
+    wrong = deltaworks(tmp_path / "home", "mergers", "tise")
+    assert wrong.returncode == 1
+    assert "Did you mean ties?" in wrong.stderr
+
+
+def test_a_dry_rebuild_only_tells(grown: Path) -> None:
+    before = deltaworks(grown, "line", "log", "smoke-opcm").stdout
+    options = ("--drop", "invert", "--sparsify", "dare", "--set", "sparsify.density=0.5", "--dry-run")
+    found = deltaworks(grown, "line", "rebuild", "smoke-opcm", *options)
+    assert found.returncode == 0, found.stderr
+    assert "sparsify dare density 0.5" in found.stdout
+    assert found.stdout.count("to be merged") == 2
+    assert found.stdout.count("left out") == 1
+    reused = deltaworks(grown, "line", "rebuild", "smoke-opcm", "--drop", "permute", "--dry-run").stdout
+    assert reused.count("found: state/") == 2
+    nothing = deltaworks(grown, "line", "rebuild", "smoke-opcm", "--order", "rot90,2,permute")
+    assert (nothing.returncode, nothing.stdout.startswith("nothing to do")) == (0, True)
+    assert deltaworks(grown, "line", "log", "smoke-opcm").stdout == before
+
+
+def test_roll_back_and_forth(home: Path) -> None:
+    back = deltaworks(home, "line", "rollback", "smoke-opcm", "1", "--why", "start [again]")
+    assert back.returncode == 0, back.stderr
+    assert "rollback" in back.stdout and "start [again]" in back.stdout
+    shown = deltaworks(home, "line", "show", "smoke-opcm").stdout
+    assert "rot90" in shown and "invert" not in shown
+    forth = deltaworks(home, "line", "rollback", "smoke-opcm", "--entry", "3", "--why", "no, do not")
+    assert forth.returncode == 0, forth.stderr
+    assert "permute" in deltaworks(home, "line", "show", "smoke-opcm").stdout
+    again = deltaworks(home, "line", "rollback", "smoke-opcm", "3", "--why", "twice")
+    assert again.stdout.startswith("nothing to do")
+    empty = deltaworks(home, "line", "rollback", "smoke-opcm", "0", "--why", "everything")
+    assert empty.returncode == 0 and "export" not in empty.stdout
+    assert "nothing merged yet" in deltaworks(home, "line", "show", "smoke-opcm").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rebuild", "smoke-opmc", "--drop", "1"), "there is no line 'smoke-opmc'"),
+        (("rebuild", "smoke-opcm", "--drop", "rot"), "1 rot90 (update/"),
+        (("rebuild", "smoke-opcm", "--order", "rot90,invert"), "--order lacks permute"),
+        (("rebuild", "smoke-opcm", "--merger", "tise"), "did you mean ties"),
+        (("rebuild", "smoke-opcm", "--merger", "sce", "--scaling", "lines"), "needs the sum of the updates"),
+        (("rebuild", "smoke-opcm", "--weight", "rot90"), "--weight rot90=2.0"),
+        (("rebuild", "smoke-opcm", "--weight", "rot90=2"), "lets every update count the same"),
+        (("rebuild", "smoke-opcm", "--memory", "lots"), "'lots' is not an amount of memory"),
+        (("rollback", "smoke-opcm", "4", "--why", "x"), "has 3 updates, not 4"),
+        (("rollback", "smoke-opcm", "--entry", "9", "--why", "x"), "has the entries 0 to 3, not 9"),
+        (("rollback", "smoke-opcm", "--why", "x"), "give either a step"),
+    ],
+)
+def test_wrong_arguments_of_line_are_explained(grown: Path, arguments: tuple[str, ...], message: str) -> None:
+    found = deltaworks(grown, "line", *arguments)
+    assert found.returncode == 1
+    assert message in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert len(found.stderr.splitlines()) < 8
 
 
 def test_export_loads_in_transformers(grown: Path, tmp_path: Path) -> None:

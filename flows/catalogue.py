@@ -1,0 +1,191 @@
+"""The catalogue: what `deltaworks mergers` prints. Read from the choices themselves, so it lists whatever there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from storage.errors import InvalidInput
+from tasks.mergers import MERGERS, Joint
+from tasks.recipe import Recipe
+from tasks.scalings import SCALINGS
+from tasks.sparsifiers import SPARSIFIERS
+
+_WIDE = 100  # columns that running text takes at most
+_SENTENCE = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)\.(?=\s|$)")
+_ARXIV = re.compile(r"arXiv \d{4}\.\d{4,5}")
+_SETTING = re.compile(r"\s*\w+(, \w+)*: ")
+_ENTRY = re.compile(r"\s*\S+( \S+)*?\s{2,}(?=\S)")  # the word that an indented line explains, and the gap after it
+
+_SEQUENTIAL = "sequential mergers: updates are folded in one by one, in constant memory"
+_JOINT = "joint mergers: the updates are read together when the model is written"
+
+
+def overview(width: int) -> Iterator[str | Table]:
+    """All mergers, sparsifiers and scalings, for a terminal of `width` columns."""
+    for title, joint in ((_SEQUENTIAL, False), (_JOINT, True)):
+        table = _table(title, "name", "state", "weights", "source", "what it does")
+        for name, kind in MERGERS.items():
+            if issubclass(kind, Joint) == joint:
+                about = (_state(kind), "yes" if kind.weighted else "no", _source(kind), _summary(kind))
+                table.add_row(name, *map(escape, about))
+        if table.row_count:
+            yield table
+    for title, family in (
+        ("sparsify: what thins an update before it is merged", SPARSIFIERS),
+        ("scaling: what sets the size of the merged delta", SCALINGS),
+    ):
+        table = _table(title, "name", "source", "what it does")
+        for name, choice in family.items():
+            table.add_row(name, escape(_source(choice)), escape(_summary(choice)))
+        yield table
+    notes = (
+        "All work without data. state: numbers kept per parameter; weights: whether a task's `weight` counts.",
+        "Settings of one: `deltaworks mergers NAME`. In the lines of a config:",
+        "  {name: my-line, merger: {name: NAME}, sparsify: {name: NAME}, scaling: {name: NAME}}",
+    )
+    yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
+
+
+def about(name: str, width: int) -> Iterator[str | Table]:
+    """Everything about one merger, sparsifier or scaling."""
+    families: dict[str, Mapping[str, Any]] = {"merger": MERGERS, "sparsify": SPARSIFIERS, "scaling": SCALINGS}
+    role = next((role for role, family in families.items() if name in family), None)
+    if role is None:
+        known = [one for family in families.values() for one in family]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise InvalidInput(f"there is no {name!r}", remedy=f"{hint}Choices: {', '.join(known)}")
+    kind = families[role][name]
+    yield f"[bold]{name}[/], version {kind.version}: {escape(_nature(role, kind))}\n"
+    module = inspect.getmodule(kind)
+    for text in (module.__doc__ if module else None, kind.__doc__):
+        yield escape(_reflowed(inspect.cleandoc(text or ""), min(width, _WIDE))) + "\n"
+    settings = [one for one in dataclasses.fields(kind) if one.name not in ("name", "version")]
+    if settings:
+        table = _table("settings", "name", "default", "type")
+        hints = get_type_hints(kind)
+        for one in settings:
+            table.add_row(one.name, escape(_default(one)), escape(_type(hints[one.name])))
+        yield table
+    for line in _company(role, kind):
+        yield escape(textwrap.fill(line, min(width, _WIDE), subsequent_indent="  "))
+    example = ", ".join([f"name: {name}", *(f"{one.name}: {_default(one)}" for one in settings[:1])])
+    yield f"\nin a config:     {role}: {{{example}}}"
+    yield f"for a line:      deltaworks line rebuild LINE --{role} {name}"
+
+
+def _nature(role: str, kind: Any) -> str:
+    source = getattr(kind, "source", "") or _source(kind)
+    if role != "merger":
+        return ", ".join(text for text in ("a sparsifier" if role == "sparsify" else "a scaling", source) if text)
+    nature = "a joint merger" if issubclass(kind, Joint) else "a sequential merger"
+    weights = "weights count" if kind.weighted else "all updates count the same"
+    return f"{nature}, {source}\nstate per parameter: {kind.state_size}; {weights}; needs no data"
+
+
+def _company(role: str, kind: Any) -> Iterator[str]:
+    """What a choice can be put together with, asked of the recipe itself."""
+    if role == "merger":
+        for key, family in (("sparsify", SPARSIFIERS), ("scaling", SCALINGS)):
+            yield _together(f"goes with {key}", {one: _refusal(kind, {key: made}) for one, made in family.items()})
+    else:
+        yield _together("goes with mergers", {one: _refusal(merger, {role: kind}) for one, merger in MERGERS.items()})
+
+
+def _together(label: str, refusals: Mapping[str, str]) -> str:
+    fits = [name for name, refusal in refusals.items() if not refusal]
+    found = f"{label}: {', '.join(fits) or 'none'}"
+    misfits = [name for name, refusal in refusals.items() if refusal]
+    if misfits:
+        found += f"; not at their defaults with {', '.join(misfits)}: {refusals[misfits[0]]}"
+    return found
+
+
+def _refusal(merger: Any, others: Mapping[str, Any]) -> str:
+    try:
+        Recipe(merger(), **{key: kind() for key, kind in others.items()})
+    except InvalidInput as error:
+        return str(error).removesuffix(error.remedy).rstrip(". ")
+    return ""
+
+
+def _summary(kind: Any) -> str:
+    """The first sentence of the choice's file, without the name that it begins with."""
+    module = inspect.getmodule(kind)
+    text = " ".join(((module.__doc__ if module else "") or kind.__doc__ or "").split())
+    sentence = _SENTENCE.split(text, maxsplit=1)[0]
+    return sentence.partition(": ")[2] or sentence
+
+
+def _source(kind: Any) -> str:
+    """Where a method comes from, in a word or two."""
+    module = inspect.getmodule(kind)
+    found = getattr(kind, "source", None) or next(iter(_ARXIV.findall((module and module.__doc__) or "")), "")
+    return str(found).partition(",")[0]
+
+
+def _state(kind: Any) -> str:
+    size = str(kind.state_size)
+    if ":" in size or " " not in size:
+        return size.partition(":")[0]
+    return f"{size.partition(' ')[0]} ..."  # the whole of it is among the settings
+
+
+def _type(hint: Any) -> str:
+    """A type as it is written in a config."""
+    if get_origin(hint) is Literal:
+        return " | ".join(str(one) for one in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(_type(one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"list of {_type(get_args(hint)[0])}"
+    return "none" if hint is NoneType else str(getattr(hint, "__name__", hint))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is dataclasses.MISSING:
+        return "required"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reflowed(text: str, width: int) -> str:
+    """A docstring at another width: running text is joined, indented entries keep their hanging indent."""
+    blocks: list[tuple[int, str]] = []  # where continuation lines begin, and the text
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if not line.strip():
+            blocks.append((0, ""))
+        elif blocks and blocks[-1][1] and (indent == blocks[-1][0] or _continues(line, blocks[-1])):
+            blocks[-1] = (indent, f"{blocks[-1][1]} {line.strip()}")
+        else:
+            entry = _ENTRY.match(line)
+            blocks.append((entry.end() if entry else indent, line))
+    return "\n".join(textwrap.fill(one, max(width, hang + 30), subsequent_indent=" " * hang) for hang, one in blocks)
+
+
+def _continues(line: str, block: tuple[int, str]) -> bool:
+    """Whether an indented line goes on with a block of the form `setting: what it is`."""
+    hang, text = block
+    deeper = len(line) - len(line.lstrip()) > hang
+    return deeper and bool(_SETTING.match(text)) and not _ENTRY.match(line)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("name", "state", "weights", "source"))
+    return table
