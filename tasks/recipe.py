@@ -40,7 +40,7 @@ class Recipe:
         return found
 
     def workspace(self, joint: float = 0) -> float:
-        """Memory that one tensor takes, in multiples of its size in float32: at folding, or as given for a joint one."""
+        """Memory that one tensor takes, in multiples of its size in float32; `joint` is that of a joint merger."""
         merging = joint if isinstance(self.merger, Joint) else self.merger.workspace()
         return merging + (_THINNING if self.sparsify else 0)
 

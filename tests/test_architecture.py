@@ -14,7 +14,7 @@ from configs.chain import AnyBase
 from tasks.choice import Choice, choices
 from tasks.codecs import AnyCodec
 from tasks.data import AnyData
-from tasks.mergers import AnyMerger
+from tasks.mergers import AnyMerger, Joint
 from tasks.scalings import AnyScaling
 from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
@@ -99,3 +99,17 @@ def test_imports_go_one_way() -> None:
         assert inside
         for file in inside:
             assert imported(file).isdisjoint(HOUSE[:place]), file
+
+
+def test_the_readme_lists_every_merger_as_it_is() -> None:
+    """Kind, state and source as the classes say."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[1] in ("sequential", "joint"):
+            rows[cells[0].split("`")[1]] = tuple(cells[1:])
+    expected = {}
+    for name, merger in choices(AnyMerger).items():
+        kind = "joint" if issubclass(merger, Joint) else "sequential"
+        expected[name] = (kind, merger.state_size, "yes" if merger.weighted else "no", merger.source)
+    assert rows == expected

@@ -42,7 +42,7 @@ class Slerp(Joint):
         require(0 <= self.t <= 1, "t", "in [0, 1]", self.t)
 
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
-        if len(deltas) > self.limit:
+        if len(deltas) > 2:
             raise InvalidInput(
                 f"merger 'slerp' merges two updates, found {len(deltas)}",
                 remedy="Take `karcher`, its form for any number of models, or end the line after two updates",

@@ -1,0 +1,242 @@
+"""The passes of a one-shot merge over the tensors of several folders, with the mergers that lines use.
+
+A line folds one update after the other over the whole model, because a fold may need numbers of the whole state
+before it. Here every tensor goes through all its folds at once, as long as nobody asks for such a number; who does
+(`Unknown`) waits until it is there, and is done again. So most methods read every folder once and some twice, and the
+numbers are those of a line.
+
+Methods that see each entry alone take tensors in pieces that stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from storage.errors import InvalidInput
+from tasks.folder_pieces import PIECE, Piece
+from tasks.mergers import Average, Facts, Joint, Parts, Sequential, Sums, TaskArithmetic, Ties
+from tasks.parallel import Budget, Report, in_order
+from tasks.recipe import Recipe
+from tasks.scratch import Scratch
+from tasks.stored import added
+
+_JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
+_SURVEYED = 1 << 20  # entries of the pieces that a survey sees of such tensors
+
+Finish = Callable[[Piece, Tensor], Sums]  # what is done with a piece and its merged delta [elements]
+
+
+class _UnknownError(Exception):
+    """Somebody asked for a number that is known only after a pass over the whole model."""
+
+
+class Unknown(Mapping[str, Any]):
+    """Facts or sums that are not there yet."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise _UnknownError
+
+    __getitem__ = __iter__ = __len__ = __contains__ = get = keys = items = values = _refuse
+
+
+@dataclass
+class _Outcome:
+    """What came of one job: the sums of every fold that could be done, and those of the finish if all could."""
+
+    folds: list[Sums] = field(default_factory=list)
+    shares: list[Sums] = field(default_factory=list)  # the scaling's sums, fold by fold
+    finished: bool = False
+    found: Sums = field(default_factory=dict)
+
+
+def sees_entries_alone(recipe: Recipe) -> bool:
+    """Whether an entry of the merged delta depends on the same entry of the updates, and facts and surveys alone."""
+    merger = recipe.merger
+    alone = isinstance(merger, (Average, TaskArithmetic)) or (isinstance(merger, Ties) and merger.trim == "model")
+    return alone and recipe.sparsify is None and recipe.scaling is None
+
+
+class Passes:
+    """All passes of one merge over `wholes`, the parameters in the order of their names."""
+
+    def __init__(self, recipe: Recipe, wholes: Sequence[Piece], budget: Budget, scratch: Scratch) -> None:
+        self._recipe, self._wholes, self._budget, self._scratch = recipe, wholes, budget, scratch
+        self._sources = wholes[0].sources
+        self._count = len(self._sources.tuned)
+        self.in_pieces = sees_entries_alone(recipe)
+        self._jobs = [part for one in wholes for part in one.split(_JOB)] if self.in_pieces else list(wholes)
+        self._facts: list[Facts] = [{}] + [Unknown() for _ in range(self._count)]
+        self._surveys: list[Facts] = []
+
+    def run(self, write: Finish, report: Callable[[str], Report | None] = lambda label: None) -> None:
+        """Merge everything. `write` gets every piece with its merged delta, in any order, from any thread, and
+        sometimes again. `report` is asked for the progress of each pass."""
+        self._surveys = self._survey(report("surveying"))
+        scaling = self._recipe.scaling
+        if scaling is None:
+            self._pass(write, report("merging"))
+            return
+        outcomes = self._pass(lambda _, merged: scaling.measure(merged), report("measuring"), again=True)
+        facts: Facts = {}
+        for step in range(self._count):
+            facts = scaling.close(facts, added(one.shares[step] for one in outcomes))
+        names = [one.parameter.target.name for one in self._wholes]
+        factors = scaling.factors(names, float(self._count), facts, added(one.found for one in outcomes))
+        self._pass(lambda piece, merged: write(piece, merged * factors[piece.parameter.target.name]), report("writing"))
+
+    def _survey(self, report: Report | None) -> list[Facts]:
+        """What the merger wants to know of every whole update: of several updates at once."""
+        merger, weights = self._recipe.merger, self._sources.weights
+        if isinstance(merger, Joint):
+            return []
+
+        def one(index: int) -> Facts:
+            seen = merger.survey(lambda: self._stream(index), self._refuse_merged if index else None)
+            return {**seen, "weight": weights[index]}
+
+        largest = max(one.elements for one in self._wholes)
+        return list(in_order(range(self._count), one, lambda _: 8 * 4.0 * largest, self._budget, report))
+
+    def _stream(self, index: int) -> Iterator[Tensor]:
+        for one in self._wholes:
+            for part in one.split(_SURVEYED if self.in_pieces else one.elements):
+                yield self._delta(replace(part), index)
+
+    def _refuse_merged(self) -> NoReturn:
+        name = self._recipe.merger.name
+        raise InvalidInput(
+            f"merger {name!r} looks at what was merged before, one update after the other",
+            remedy=f"Merge in a line, whose state is kept: a chain with a line of merger {name}",
+        )
+
+    def _delta(self, piece: Piece, index: int) -> Tensor:
+        """An update as the merger sees it: thinned."""
+        delta, thin = piece.shaped(piece.delta(index)), self._recipe.sparsify
+        return delta if thin is None else thin.thin(delta, self._sources.keys[index], piece.parameter.base)
+
+    def _pass(self, finish: Finish, report: Report | None, again: bool = False) -> list[_Outcome]:
+        """Do all jobs, those that must wait for a fact as often as needed. `again`: another pass will follow."""
+        outcomes = [_Outcome() for _ in self._jobs]
+        self._foresee()
+        waiting = self._order()
+        while waiting:
+
+            def one(index: int) -> _Outcome:
+                return self._job(index, outcomes[index], finish, again)
+
+            for index, outcome in zip(waiting, in_order(waiting, one, self._cost, self._budget, report), strict=True):
+                outcomes[index] = outcome
+            unknown = self._unknown
+            self._learn(outcomes)
+            waiting = [index for index in waiting if not outcomes[index].finished]
+            assert not waiting or self._unknown < unknown, "every round learns at least one state"
+        return outcomes
+
+    @property
+    def _unknown(self) -> int:
+        return sum(isinstance(one, Unknown) for one in self._facts)
+
+    def _foresee(self) -> None:
+        """Close the states whose facts do not depend on sums at all."""
+        merger = self._recipe.merger
+        for step, survey in enumerate(self._surveys):
+            try:
+                assert isinstance(merger, Sequential)
+                self._facts[step + 1] = merger.close(self._facts[step], Unknown(), survey)
+            except _UnknownError:
+                return
+
+    def _order(self) -> list[int]:
+        """Large jobs first, so that no thread is left with one at the end."""
+        return sorted(range(len(self._jobs)), key=lambda index: -self._jobs[index].elements)
+
+    def _cost(self, index: int) -> float:
+        merger = self._recipe.merger
+        space = merger.workspace(self._count) if isinstance(merger, Joint) else merger.workspace()
+        job = self._jobs[index]
+        return space * job.dtype.itemsize * (PIECE if self.in_pieces else job.elements)
+
+    def _learn(self, outcomes: Sequence[_Outcome]) -> None:
+        """Close every state whose folds are all done."""
+        merger = self._recipe.merger
+        if isinstance(merger, Joint):
+            return
+        for step in range(min(len(one.folds) for one in outcomes)):
+            if isinstance(self._facts[step + 1], Unknown):
+                sums = added(one.folds[step] for one in outcomes)
+                self._facts[step + 1] = merger.close(self._facts[step], sums, self._surveys[step])
+
+    def _job(self, index: int, before: _Outcome, finish: Finish, again: bool) -> _Outcome:
+        """Try one job. `before` is what came of it in the round before."""
+        job = self._jobs[index]
+        if not self.in_pieces:
+            return self._whole(replace(job), str(index), before, finish, again)
+        done = [self._fresh(replace(part), finish) for part in job.split(PIECE)]
+        steps = min(len(one.folds) for one in done)
+        folds: list[Sums] = [added(one.folds[step] for one in done) for step in range(steps)]
+        return _Outcome(folds, [], all(one.finished for one in done), added(one.found for one in done))
+
+    def _fresh(self, piece: Piece, finish: Finish) -> _Outcome:
+        outcome = _Outcome()
+        try:
+            merged = self._delta_of(self._fold(piece, outcome), piece)
+        except _UnknownError:
+            return outcome
+        return replace(outcome, finished=True, found=finish(piece, merged.reshape(-1)))
+
+    def _whole(self, piece: Piece, key: str, before: _Outcome, finish: Finish, again: bool) -> _Outcome:
+        """Like `_fresh`, for a parameter whose parts or merged delta may lie in the scratch folder."""
+        outcome, start = replace(before), time.perf_counter()
+        merged = self._scratch.take(f"{key}.merged")
+        if merged is None:
+            parts = self._scratch.take(f"{key}.parts")
+            try:
+                if isinstance(self._recipe.merger, Joint):
+                    outcome = _Outcome()
+                    merged = {"": self._combine(piece, outcome)}
+                else:
+                    if parts is None:
+                        outcome = _Outcome()
+                        parts = self._fold(piece, outcome)
+                    merged = {"": self._delta_of(parts, piece)}
+            except _UnknownError:
+                self._scratch.offer(f"{key}.parts", parts or {}, time.perf_counter() - start)
+                return outcome
+            if again:
+                self._scratch.offer(f"{key}.merged", merged, time.perf_counter() - start)
+        return replace(outcome, finished=True, found=finish(piece, merged[""].reshape(-1)))
+
+    def _delta_of(self, parts: Parts, piece: Piece) -> Tensor:
+        assert isinstance(self._recipe.merger, Sequential)
+        return self._recipe.merger.delta(parts, self._facts[-1], piece.parameter.target)
+
+    def _fold(self, piece: Piece, outcome: _Outcome) -> Parts:
+        merger, scaling, target = self._recipe.merger, self._recipe.scaling, piece.parameter.target
+        assert isinstance(merger, Sequential)
+        state, total = None, None
+        for step, survey in enumerate(self._surveys):
+            delta = self._delta(piece, step)
+            state, sums = merger.fold(state, delta, target, self._facts[step], survey)
+            outcome.folds.append(sums)
+            if scaling is not None:
+                if scaling.needs_total:
+                    total = delta if total is None else total + delta
+                outcome.shares.append(scaling.share(delta, total))
+        assert state is not None
+        return state
+
+    def _combine(self, piece: Piece, outcome: _Outcome) -> Tensor:
+        merger, scaling = self._recipe.merger, self._recipe.scaling
+        assert isinstance(merger, Joint)
+        deltas = [self._delta(piece, index) for index in range(self._count)]
+        if scaling is not None:
+            outcome.shares.extend(scaling.share(delta, None) for delta in deltas)
+        if not any(bool(delta.any()) for delta in deltas):
+            return deltas[0]
+        base = piece.shaped(piece.base)
+        return merger.combine(base, deltas, self._sources.weights, piece.parameter.target)
