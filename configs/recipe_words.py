@@ -1,79 +1,89 @@
-"""A recipe from the words of a command line: names of choices, and settings as `field=value`."""
+"""Recipes in the words of a command line: names of choices, and settings as `key=value`."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+import yaml
 
+from configs.chain import parse_line
 from storage.errors import InvalidInput
-from tasks.mergers import MERGERS
 from tasks.recipe import Recipe
-from tasks.scalings import SCALINGS
-from tasks.sparsifiers import SPARSIFIERS
 
-_FAMILIES: Mapping[str, Mapping[str, Any]] = {"merger": MERGERS, "sparsify": SPARSIFIERS, "scaling": SCALINGS}
+_KINDS = ("merger", "sparsify", "scaling")
+NONE = "none"  # `--sparsify none`: leave it out
 
 
-def recipe_from_words(merger: str, sparsify: str | None, scaling: str | None, settings: Sequence[str]) -> Recipe:
-    """`settings`: `density=0.2` of the merger, `sparsify.density=0.5` and `scaling.factor=2` of the others.
+def recipe_from_words(
+    merger: str, sparsify: str | None = None, scaling: str | None = None, settings: Sequence[str] = ()
+) -> Recipe:
+    """A recipe of these choices. Raises InvalidInput for whatever does not exist, is out of range, or does not compose.
 
-    Raises InvalidInput that names the field and what it could be.
+    `settings` are `key=value` for the merger, `sparsify.key=value` and `scaling.key=value` for the others; values are
+    written as in a config.
     """
-    names = {"merger": merger, "sparsify": sparsify, "scaling": scaling}
-    values: dict[str, dict[str, Any]] = {family: {} for family in names}
-    for setting in settings:
-        family, field, value = _parsed(setting)
-        if names[family] is None:
-            raise InvalidInput(f"--set {setting}: there is no --{family}", remedy=f"Name one: --{family} NAME")
-        values[family][field] = value
-    made: dict[str, Any] = {
-        family: None if name is None else _choice(family, name, values[family]) for family, name in names.items()
+    return _recipe({}, "command", merger, sparsify, scaling, settings)
+
+
+def changed_recipe(
+    spec: Mapping[str, Any],
+    line: str,
+    *,
+    merger: str | None = None,
+    sparsify: str | None = None,
+    scaling: str | None = None,
+    settings: Sequence[str] = (),
+) -> Recipe:
+    """The recipe `spec` of `line` with other choices and settings; raises as `recipe_from_words`.
+
+    A choice that is named starts from its defaults; one that is not keeps its settings, in its newest version.
+    """
+    held = {
+        "merger": {key: value for key, value in spec.items() if key not in _KINDS},
+        **{kind: dict(spec[kind]) for kind in _KINDS[1:] if kind in spec},
     }
-    return Recipe(made["merger"], made["sparsify"], made["scaling"])
+    return _recipe(held, f"line {line!r} as it would be rebuilt", merger, sparsify, scaling, settings, line)
 
 
-def _parsed(setting: str) -> tuple[str, str, Any]:
-    left, equals, right = setting.partition("=")
-    family, _, field = left.strip().rpartition(".")
-    family = family or "merger"
-    if not equals or not field or family not in _FAMILIES:
-        families = ", ".join(f"{one}.field=value" for one in _FAMILIES)
-        raise InvalidInput(f"--set {setting!r} is no setting", remedy=f"Write field=value, or one of {families}")
+def _recipe(
+    held: dict[str, dict[str, Any]],
+    source: str,
+    merger: str | None,
+    sparsify: str | None,
+    scaling: str | None,
+    settings: Sequence[str],
+    line: str = "line",
+) -> Recipe:
+    values = dict(held)
+    for kind, name in (("merger", merger), ("sparsify", sparsify), ("scaling", scaling)):
+        if name == NONE and kind != "merger":
+            values.pop(kind, None)
+        elif name is not None:
+            values[kind] = {"name": name}
+    for setting in settings:
+        kind, key, value = _setting(setting)
+        if kind not in values:
+            raise InvalidInput(f"--set {setting}: there is no {kind}", remedy=f"Name one: --{kind} NAME")
+        values[kind][key] = value
+    for choice in values.values():
+        choice.pop("version", None)
+    return parse_line({"name": line, **values}, source=source).recipe
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """`scaling.factor=0.5` as (scaling, factor, 0.5)."""
+    path, equals, written = text.partition("=")
+    kind, dot, key = path.strip().rpartition(".")
+    kind = kind if dot else "merger"
+    if not equals or not key or kind not in _KINDS:
+        raise InvalidInput(
+            f"--set {text}: is not of the form key=value",
+            remedy="Write density=0.2 for the merger, sparsify.density=0.1 or scaling.factor=1.0 for the others",
+        )
+    if key in ("name", "version"):
+        raise InvalidInput(f"--set {text}: {key} is no setting", remedy=f"Choose with --{kind} NAME")
     try:
-        return family, field, json.loads(right)
-    except ValueError:
-        return family, field, right.strip()  # a word, such as `tensor`
-
-
-def _choice(family: str, name: str, values: Mapping[str, Any]) -> Any:
-    table = _FAMILIES[family]
-    kind = table.get(name)
-    if kind is None:
-        raise InvalidInput(f"there is no {family} {name!r}{_close(name, table)}; choices: {', '.join(table)}")
-    known = [one.name for one in fields(kind) if one.name not in ("name", "version")]
-    for field in values:
-        if field not in known:
-            listed = ", ".join(known) or "none"
-            raise InvalidInput(f"{family} {name!r} has no setting {field!r}{_close(field, known)}; settings: {listed}")
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    try:
-        return adapter.validate_python({"name": name, **values})
-    except ValidationError as error:
-        problems = "; ".join(_explained(one) for one in error.errors())
-        raise InvalidInput(f"{family} {name!r}: {problems}") from None
-
-
-def _explained(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    what = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
-    return f"{where}: {what}, found {problem.get('input')!r}" if where else what
-
-
-def _close(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+        return kind, key, yaml.safe_load(written)
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"--set {text}: the value cannot be read: {error}") from None

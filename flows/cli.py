@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.line_commands import line_app
+from flows.merge_command import merge
 from flows.terminal import (
     Memory,
     Quiet,
@@ -47,6 +48,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks mergers                    every way to merge, and its settings
 
+  deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
+
   deltaworks export demo-opcm ./model   a folder for from_pretrained
 
   deltaworks ui                         versions in MLflow, runs in Prefect
@@ -71,6 +74,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 """,
 )
 app.add_typer(line_app, name="line")
+app.command()(merge)
 
 
 @app.command()

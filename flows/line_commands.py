@@ -144,7 +144,7 @@ def line_rebuild(
                deltaworks line rebuild demo-opcm --drop 3 --order permute,1,2,roll
     """
     with errors_explained(verbose):
-        from configs.changed_recipe import changed_recipe
+        from configs.recipe_words import changed_recipe
         from flows.plan import plan_rebuild
         from flows.tables import plan_table
         from storage.lines import Line

@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from storage.errors import DeltaworksError, InvalidInput
+from flows.terminal import Memory, Quiet, Workers, console, errors_explained
+from storage.errors import InvalidInput
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.merge_folders import MergedFolder
+    from tasks.folders.merge import MergedFolder
     from tasks.parallel import Budget, Report
-
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 
 def merge(
@@ -35,16 +32,16 @@ def merge(
     merger: Annotated[str, typer.Option(help="How updates are merged: average, ties, opcm ...")] = "average",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting; also sparsify.FIELD=..., scaling.FIELD=..."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting; also sparsify.KEY=..., scaling.KEY=..."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="How much each counts, such as 0.7,0.3.")] = None,
     sparsify: Annotated[str | None, typer.Option(help="Thin each update first: dare, della.")] = None,
     scaling: Annotated[str | None, typer.Option(help="Set the size of what is merged: match_norm, lines.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the new folder: bfloat16, float16, float32.")] = None,
-    memory: Annotated[str | None, typer.Option(help="For the tensors in work, such as 4GiB.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    memory: Memory = None,
+    workers: Workers = None,
     hashes: Annotated[bool, typer.Option("--hash", help="Record the sha256 of every input file.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge models of folders into a new folder, in one go.
 
@@ -56,9 +53,9 @@ def merge(
     # large tensors in large pages: both are read once, when torch is imported
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with _explained(), _stopped_like_ctrl_c():
+    with errors_explained(), _stopped_like_ctrl_c():
         from configs.recipe_words import recipe_from_words
-        from tasks.merge_folders import Options, merge_folders
+        from tasks.folders.merge import Options, merge_folders
 
         recipe = recipe_from_words(merger, sparsify, scaling, settings or [])
         start = time.perf_counter()
@@ -138,13 +135,3 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except DeltaworksError as error:
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False)
-        raise typer.Exit(1) from None

@@ -89,7 +89,8 @@ def _quality_lines(table: list[Mapping[str, Any]]) -> list[str]:
     steps = range(1, 7)
     lines = [
         "Accuracy in % on the digits, six tasks merged one by one: the mean over three seeds by three orders, from",
-        "exact updates; `ternary` is the demo's own run from ternary ones. The mean of the single models is the first step.",
+        "exact updates; `ternary` is the demo's own run, from ternary ones. The mean of the single models is the first",
+        "step.",
         "",
         "| merger | average | ± | worst task | forgetting | ternary | " + " | ".join(f"{n}" for n in steps) + " |",
         "|" + "---|" * (6 + len(steps)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from configs.changed_recipe import changed_recipe
+from configs.recipe_words import changed_recipe
 from flows.continuation import Wanted, check_continuation
 from flows.plan import Plan, plan_rebuild
 from flows.tables import journal_table, plan_table, recipe_name, recipe_text
@@ -165,7 +165,7 @@ def test_a_merger_of_an_earlier_version_becomes_todays() -> None:
         ({"settings": ["codec.density=1"]}, "not of the form key=value"),
         ({"settings": ["name=opcm"]}, "Choose with --merger NAME"),
         ({"settings": ["density=[1"]}, "cannot be read"),
-        ({"scaling": "none", "settings": ["scaling.factor=1"]}, "has no scaling. Name one: --scaling NAME"),
+        ({"scaling": "none", "settings": ["scaling.factor=1"]}, "no scaling. Name one: --scaling NAME"),
     ],
 )
 def test_wrong_options_are_explained(options: dict[str, Any], message: str) -> None:

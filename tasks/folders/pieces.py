@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tasks.folder_names import Parameter
-from tasks.folder_reader import Weights
+from tasks.folders.names import Parameter
+from tasks.folders.reader import Weights
 from tasks.tensors import check_finite
 
 PIECE = 1 << 16  # entries read at once: a few float32 tensors of them fit the cache of a core

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from storage.errors import InvalidInput
-from tasks.folder_names import Matched, match
-from tasks.folder_passes import Passes, sees_entries_alone
-from tasks.folder_pieces import PIECE, Piece, Sources, whole
-from tasks.folder_reader import Weights, sha256_of
-from tasks.folder_writer import Form, ShardWriter, new_folder
+from tasks.folders.names import Matched, match
+from tasks.folders.passes import Passes, sees_entries_alone
+from tasks.folders.pieces import PIECE, Piece, Sources, whole
+from tasks.folders.reader import Weights, sha256_of
+from tasks.folders.scratch import Scratch
+from tasks.folders.writer import Form, ShardWriter, new_folder
 from tasks.mergers import Sums
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
-from tasks.scratch import Scratch
 from tasks.tensors import check_finite, dtype_name
 
 RECORD = "deltaworks.json"

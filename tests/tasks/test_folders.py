@@ -18,19 +18,20 @@ from configs.recipe_words import recipe_from_words
 from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput, Mismatch
 from storage.refs import StateRef
-from tasks import folder_passes, folder_pieces
 from tasks.export import export
 from tasks.extract import Extract, extract_update
-from tasks.folder_reader import Weights, sha256_of
+from tasks.folders import passes as folder_passes
+from tasks.folders import pieces as folder_pieces
+from tasks.folders.merge import RECORD, Options, merge_folders
+from tasks.folders.reader import Weights, sha256_of
+from tasks.folders.scratch import Scratch
 from tasks.ingest import Checkpoint, ingest
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.merge_folders import RECORD, Options, merge_folders
 from tasks.mergers import MERGERS, Average, Opcm, Target, TaskArithmetic, Ties
 from tasks.parallel import Budget
 from tasks.recipe import Recipe
 from tasks.scalings import Lines, MatchNorm
-from tasks.scratch import Scratch
 from tasks.sparsifiers import Dare
 from tests.builders import FORMS, memory_store, perturbed, tiny_model
 
@@ -275,8 +276,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (("ties", None, None, ["densty=0.2"]), "did you mean density"),
         (("ties", None, None, ["density=2"]), r"in \(0, 1\]"),
         (("ties", None, None, ["aggregate=median"]), "aggregate"),
-        (("ties", None, None, ["density"]), "field=value"),
-        (("ties", None, None, ["scaling.factor=2"]), "no --scaling"),
+        (("ties", None, None, ["density"]), "key=value"),
+        (("ties", None, None, ["scaling.factor=2"]), "no scaling.*--scaling NAME"),
     ],
 )
 def test_recipes_in_words_are_checked(words: Any, message: str) -> None:

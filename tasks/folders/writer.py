@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InvalidInput, StoreFull
-from tasks.folder_reader import INDEX, SINGLE, bytes_of
+from tasks.folders.reader import INDEX, SINGLE, bytes_of
 from tasks.tensors import dtype_name
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InvalidInput, Mismatch
-from tasks.folder_reader import Place, Weights
+from tasks.folders.reader import Place, Weights
 from tasks.mergers import Target
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from storage.errors import InvalidInput
-from tasks.folder_pieces import PIECE, Piece
+from tasks.folders.pieces import PIECE, Piece
+from tasks.folders.scratch import Scratch
 from tasks.mergers import Average, Facts, Joint, Parts, Sequential, Sums, TaskArithmetic, Ties
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
-from tasks.scratch import Scratch
 from tasks.stored import added
 
 _JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
@@ -84,7 +84,8 @@ class Passes:
         outcomes = self._pass(lambda _, merged: scaling.measure(merged), report("measuring"), again=True)
         facts: Facts = {}
         for step in range(self._count):
-            facts = scaling.close(facts, added(one.shares[step] for one in outcomes))
+            shares = added(one.shares[step] for one in outcomes)
+            facts = scaling.close(facts, shares, self._sources.weights[step])
         names = [one.parameter.target.name for one in self._wholes]
         factors = scaling.factors(names, float(self._count), facts, added(one.found for one in outcomes))
         self._pass(lambda piece, merged: write(piece, merged * factors[piece.parameter.target.name]), report("writing"))
@@ -225,7 +226,8 @@ class Passes:
             outcome.folds.append(sums)
             if scaling is not None:
                 if scaling.needs_total:
-                    total = delta if total is None else total + delta
+                    share = delta * self._sources.weights[step]
+                    total = share if total is None else total + share
                 outcome.shares.append(scaling.share(delta, total))
         assert state is not None
         return state
