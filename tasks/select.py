@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 Stream = Callable[[], Iterable[Tensor]]  # called once per pass
 Rank = int | Callable[[int], int]  # a rank, or a function that gives it from the number of elements
@@ -45,6 +46,59 @@ def kth_magnitude(stream: Stream, k: Rank) -> float:
     return _by_digits(stream, rank) if found is None else found
 
 
+class Cut(NamedTuple):
+    """Which entries of a stream are the largest: those above `bound`, and of those equal to it the ones whose place,
+    counted from 0 through the whole stream, is below `until`."""
+
+    bound: float
+    until: float
+
+
+def cut(stream: Stream, k: Rank) -> Cut:
+    """Where to cut so that exactly k entries stay, of equal magnitudes the earlier ones."""
+    rank = 0
+
+    def place(total: int) -> int:
+        nonlocal rank
+        rank = k(total) if callable(k) else k
+        return total - rank + 1 if 0 < rank < total else 0
+
+    bound = kth_magnitude(stream, place)
+    if rank <= 0:
+        return Cut(math.inf, 0)
+    if bound == 0:
+        return Cut(0.0, math.inf)  # all, or so many that zeros are among them, which are zeros when left out
+    equal, wanted = [], rank
+    for tensor in stream():
+        flat = tensor.flatten()
+        more, least = (int(torch.count_nonzero(one)) for one in (hardshrink(flat, bound), _from(flat, bound)))
+        equal.append(least - more)
+        wanted -= more
+    start = 0
+    for number, tensor in enumerate(stream()):
+        if wanted <= equal[number]:
+            places = (tensor.flatten().abs() == bound).nonzero().flatten()
+            return Cut(bound, start + int(places[wanted - 1]) + 1)
+        wanted -= equal[number]
+        start += tensor.numel()
+    raise AssertionError("the stream changed between two passes")
+
+
+def keep(delta: Tensor, bound: float, until: float = math.inf, start: int = 0) -> Tensor:
+    """The entries that a cut keeps, the others zero. `start`: the place of the first entry of `delta`."""
+    flat, edge = delta.flatten(), min(max(until - start, 0), delta.numel())
+    if bound == 0:
+        return delta
+    if bound == math.inf:
+        return torch.zeros_like(delta)
+    if edge == 0:
+        return hardshrink(delta, bound)
+    if edge == delta.numel():
+        return _from(delta, bound)
+    head, tail = flat[: int(edge)], flat[int(edge) :]
+    return torch.cat([_from(head, bound), hardshrink(tail, bound)]).reshape(delta.shape)
+
+
 def largest(tensor: Tensor, k: int) -> Tensor:
     """Which k entries have the largest magnitude: booleans of the tensor's shape, exactly k of them true.
 
@@ -63,6 +117,13 @@ def largest(tensor: Tensor, k: int) -> Tensor:
         order = equal.cumsum(0)
         chosen &= ~(equal & (order > order[-1] - surplus)).reshape(tensor.shape)
     return chosen
+
+
+def _from(flat: Tensor, bound: float) -> Tensor:
+    """The entries of magnitude `bound` or more, the others zero. In one pass without booleans, which are slow."""
+    return hardshrink(
+        flat, float(torch.nextafter(torch.tensor(bound, dtype=flat.dtype), torch.zeros((), dtype=flat.dtype)))
+    )
 
 
 class _Bracket(NamedTuple):

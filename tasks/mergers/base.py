@@ -10,7 +10,7 @@ Joint: the state is the list of the updates. `combine` sees one tensor of all of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,8 @@ from tasks.select import Stream
 Parts = dict[str, Tensor]
 Facts = Mapping[str, float]  # whole-model numbers of a state or of an update
 Sums = Mapping[str, float]  # one tensor's share of them
+Columns = Callable[[], Iterable[Sequence[Tensor]]]  # several deltas of one tensor, piece by piece; called once per pass
+Mix = Callable[[Sequence[Tensor], int], Tensor]  # deltas of one piece and its first entry -> their merged delta
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class Sequential(Merger):
         """
         return {}
 
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry of the parts and of the merged delta depends on the same entry alone, once the facts, the
+        survey and the look are known. Then a tensor may be folded in pieces."""
+        return False
+
+    def look(self, delta: Stream) -> Facts:
+        """What `fold` would find out of a whole tensor of the update by itself. Who folds a tensor in pieces adds it to
+        the survey, and the place of the piece's first entry as `start`."""
+        return {}
+
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
@@ -94,6 +107,15 @@ class Joint(Merger):
 
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
         """Merged minus base for one tensor. `base` and `deltas` have its shape, in float32 or float64."""
+        raise NotImplementedError
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether `mix` is there: whether, after passes over a tensor, each of its entries can be merged alone."""
+        return False
+
+    def mix(self, deltas: Columns, weights: Sequence[float]) -> Mix:
+        """What merges any piece of a tensor as `combine` would merge it whole. Looks at all of it first."""
         raise NotImplementedError
 
     def workspace(self, updates: int) -> float:

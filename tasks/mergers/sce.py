@@ -10,17 +10,17 @@ Per tensor, with K deltas of one shape:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.mergers.base import Joint, Target
-from tasks.mergers.vectors import in_fixed_order
-from tasks.select import kth_magnitude
+from tasks.mergers.base import Columns, Joint, Mix, Target
+from tasks.mergers.vectors import fixed_order
+from tasks.select import cut, keep, kth_magnitude
 
 _FEEBLE = 1e-6  # mergekit's bound for sums of weights and of mean squares
 
@@ -55,74 +55,109 @@ class Sce(Joint):
     def __post_init__(self) -> None:
         require(0 < self.select_topk <= 1, "select_topk", "in (0, 1]", self.select_topk)
 
+    @property
+    def entrywise(self) -> bool:
+        return True
+
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
-        if not base.numel():
-            return torch.zeros_like(deltas[0])
-        deltas, _ = in_fixed_order(deltas, weights)
-        selected = self._selected(deltas) if self.select_topk < 1 else None
+        return self.mix(lambda: [deltas], weights)(deltas, 0)
 
-        def of(delta: Tensor) -> Tensor:
-            return delta.double() if selected is None else torch.where(selected, delta.double(), 0.0)
+    def mix(self, deltas: Columns, weights: Sequence[float]) -> Mix:
+        order = fixed_order(deltas, weights)
 
-        shares = self._shares([float(of(delta).square().mean()) for delta in deltas])
-        if self.variant == "fuseai":
-            selected = None
-        total = torch.zeros_like(base, dtype=torch.float64)
-        for delta in deltas:
-            total += of(delta)
-        sign = torch.where(total >= 0, 1.0, -1.0)
-        merged, divisor = total.zero_(), torch.zeros_like(total)
-        for share, delta in zip(shares, deltas, strict=True):
-            entries = of(delta)
-            agreeing = entries.sign() == sign
-            merged += torch.where(agreeing, entries, 0.0) * share
-            divisor += agreeing.double() * share
-        divisor = divisor.clamp(min=_FEEBLE) if self.variant == "mergekit" else divisor.where(divisor != 0, 1.0)
-        return (merged / divisor).to(deltas[0].dtype)
+        def columns() -> Iterator[list[Tensor]]:
+            return ([piece[index] for index in order] for piece in deltas())
+
+        selected = self._selection(columns)
+        shares = self._shares(columns, selected)
+        of_weights_alone = self.variant == "fuseai"
+
+        def merged(piece: Sequence[Tensor], start: int) -> Tensor:
+            ordered = [piece[index] for index in order]
+            mask = None if of_weights_alone else selected.mask(ordered, start)
+            return self._merged(ordered, shares, mask)
+
+        return merged
 
     def workspace(self, updates: int) -> float:
         """The deltas, and at most seven tensors in float64."""
         return updates + 16
 
-    def _selected(self, deltas: Sequence[Tensor]) -> Tensor:
-        """Which entries are selected, as booleans of the shape of a delta."""
-        variance = _variance(deltas)
-        varying = variance.count_nonzero()
-        count = int(varying * self.select_topk)  # in float32, as both implementations round it
+    def _merged(self, deltas: Sequence[Tensor], shares: Sequence[float], mask: Tensor | None) -> Tensor:
+        """The weighted mean, entry by entry, of the selected ones that have the elected sign."""
+        # products with 0, 1 and signs and not `where`: these are vectorised, and exact all the same
+        entries = [delta.double() if mask is None else delta.double() * mask for delta in deltas]
+        total = entries[0].clone()
+        for one in entries[1:]:
+            total += one
+        sign = total.sign_()
+        sign += 1 - sign.abs()
+        merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+        for share, one in zip(shares, entries, strict=True):
+            agreeing = one.sign().mul_(sign).clamp_(min=0)
+            merged += (one * agreeing).mul_(share)
+            divisor += agreeing.mul_(share)
+        divisor.clamp_(min=_FEEBLE if self.variant == "mergekit" else torch.finfo(divisor.dtype).tiny)
+        return merged.div_(divisor).to(deltas[0].dtype)
+
+    def _selection(self, columns: Columns) -> _Selection:
+        """Which entries are selected."""
+        if self.select_topk == 1:
+            return _EVERYTHING
+
+        def variances() -> Iterator[Tensor]:
+            return (_variance(piece) for piece in columns())
+
+        varying = total = 0
+        for one in variances():
+            varying += int(one.count_nonzero())
+            total += one.numel()
+        count = int(torch.tensor(varying) * self.select_topk)  # in float32, as both implementations round it
         if self.variant == "paper":
             if not varying:
-                return torch.ones_like(variance, dtype=torch.bool)
-            last = _largest(variance, max(count, 1))
-            return variance >= last
-        if not count:
-            return torch.zeros_like(variance, dtype=torch.bool)
-        last = _largest(variance, count)
-        chosen = variance > last
-        ties = (variance.flatten() == last).nonzero().flatten()[: count - int(chosen.sum())]
-        chosen.view(-1)[ties] = True
-        return chosen
+                return _EVERYTHING
+            return _Selection(kth_magnitude(variances, total - max(count, 1) + 1))
+        return _Selection(*cut(variances, count))
 
-    def _shares(self, squares: Sequence[float]) -> list[float]:
+    def _shares(self, columns: Columns, selected: _Selection) -> list[float]:
         """The weights of the deltas; equal where there is nothing to weigh."""
-        total = math.fsum(squares)
-        if total < _FEEBLE if self.variant == "mergekit" else total == 0:
-            return [1 / len(squares)] * len(squares)
-        return [one / total for one in squares]
+        squares: list[list[float]] = []
+        total = start = 0
+        for piece in columns():
+            mask = selected.mask(piece, start)
+            of = [delta.double() if mask is None else delta.double() * mask for delta in piece]
+            squares.append([float(one.square().sum()) for one in of])
+            total = start = start + piece[0].numel()
+        means = [math.fsum(some) / max(total, 1) for some in zip(*squares, strict=True)]
+        whole = math.fsum(means)
+        if whole < _FEEBLE if self.variant == "mergekit" else whole == 0:
+            return [1 / len(means)] * len(means)
+        return [one / whole for one in means]
+
+
+class _Selection(NamedTuple):
+    """The entries whose variance a `select.Cut` keeps."""
+
+    bound: float
+    until: float = math.inf
+
+    def mask(self, deltas: Sequence[Tensor], start: int) -> Tensor | None:
+        """1 for the selected entries and 0 for the others, float64 of the shape of a delta; None: all of them."""
+        return None if self == _EVERYTHING else keep(_variance(deltas), self.bound, self.until, start).sign_()
+
+
+_EVERYTHING = _Selection(0.0)
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
     """The biased variance of every entry over the deltas, in float64; exactly 0 where they are equal."""
     first = deltas[0].double()  # around the first one, so that equal values leave no rounding behind
+    others = [delta - first for delta in deltas[1:]]
     mean = torch.zeros_like(first)
-    for delta in deltas[1:]:
-        mean += delta.double() - first
+    for one in others:
+        mean += one
     mean /= len(deltas)
-    squares = torch.zeros_like(first)
-    for delta in deltas:
-        squares += (delta.double() - first - mean).square()
-    return squares / len(deltas)
-
-
-def _largest(values: Tensor, k: int) -> float:
-    """The k-th largest of values that are zero or more."""
-    return kth_magnitude(lambda: [values], values.numel() - k + 1)
+    squares = mean.square()
+    for one in others:
+        squares += (one - mean).square_()
+    return squares.div_(len(deltas))

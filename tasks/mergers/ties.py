@@ -7,6 +7,7 @@ and the counts of the positive and of the negative values, hold all that the joi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tasks.choice import require
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, weight_of
-from tasks.select import Stream, kth_magnitude, largest
+from tasks.select import Stream, cut, keep, kth_magnitude
 
 
 @dataclass(frozen=True)
@@ -59,36 +60,53 @@ class Ties(Sequential):
         """`threshold`: the smallest magnitude kept, if it is one for the whole update."""
         return {"threshold": threshold(deltas, self.density)} if self.trim == "model" else {}
 
+    def look(self, delta: Stream) -> Facts:
+        """`threshold` and `until`, if they are of every tensor its own: see `select.cut`."""
+        if self.trim == "model":
+            return {}
+        bound, until = cut(delta, lambda count: int(self.density * count))
+        return {"threshold": bound, "until": until}
+
+    @property
+    def entrywise(self) -> bool:
+        return True
+
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
-        if self.trim == "model":
-            trimmed = above(delta, survey["threshold"])
-        else:
-            trimmed = torch.where(largest(delta, int(self.density * delta.numel())), delta, 0)
+        known = survey if "threshold" in survey else self.look(lambda: [delta])
+        trimmed = keep(delta, known["threshold"], known.get("until", math.inf), int(known.get("start", 0)))
         weight = weight_of(survey)
         share = trimmed if weight == 1 else trimmed * weight
+        sign = trimmed.sign()
         parts = {
             "positive": share.clamp(min=0),
             "negative": share.clamp(max=0),
-            "positive_count": _count(trimmed > 0, weight, delta.dtype),
-            "negative_count": _count(trimmed < 0, weight, delta.dtype),
+            "positive_count": _count(sign, weight),
+            "negative_count": _count(-sign, weight),
         }
         if state is not None:
             parts = {key: _added(part, state[key]) for key, part in parts.items()}
+        if self.tie == "positive":
+            return parts, {}
         return parts, {"majority": balance(parts["positive"] + parts["negative"])}
 
     def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
         """`majority`: -1, 0 or 1, the sign of most entries."""
-        return {"count": counted(facts), "majority": sign_of(sums["majority"])}
+        found = {"count": counted(facts)}
+        return found if self.tie == "positive" else {**found, "majority": sign_of(sums["majority"])}
 
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
+        # products with signs and not `where`: these are vectorised, and exact all the same
         sign = (state["positive"] + state["negative"]).sign()
-        sign = torch.where(sign == 0, facts["majority"] if self.tie == "majority" else 1.0, sign)
-        chosen = torch.where(sign > 0, state["positive"], torch.where(sign < 0, state["negative"], 0))
+        tie = facts["majority"] if self.tie == "majority" else 1.0
+        if tie:
+            sign = sign + (1 - sign.abs()) * tie
+        up, down = sign.clamp(min=0), (-sign).clamp(min=0)
+        chosen = state["positive"] * up + state["negative"] * down
         if self.aggregate == "mean":
-            count = torch.where(sign > 0, state["positive_count"], state["negative_count"])
-            chosen = chosen / torch.where(count == 0, 1, count)
+            count = state["positive_count"] * up + state["negative_count"] * down
+            chosen = chosen / count.clamp(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
         return chosen * self.scale
 
     def workspace(self) -> float:
@@ -103,7 +121,7 @@ def threshold(deltas: Stream, density: float) -> float:
 
 def above(delta: Tensor, bound: float) -> Tensor:
     """The entries from this magnitude on; the others zero."""
-    return torch.where(delta.abs() >= bound, delta, 0)
+    return keep(delta, bound)
 
 
 def balance(elected: Tensor) -> float:
@@ -115,9 +133,10 @@ def sign_of(number: float) -> float:
     return float((number > 0) - (number < 0))
 
 
-def _count(agreeing: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+def _count(sign: Tensor, weight: float) -> Tensor:
     """1, or the update's weight, for the entries that agree. Integers as long as all weights are 1."""
-    return agreeing.int() if weight == 1 else agreeing.to(dtype) * weight
+    agreeing = sign.clamp(min=0)
+    return agreeing.int() if weight == 1 else agreeing * weight
 
 
 def _added(ours: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from functools import cmp_to_key
 import torch
 from torch import Tensor
 
+from tasks.mergers.base import Columns
+
 _PIECE = 1 << 18  # elements per vector that are in float64 at once
 
 
@@ -17,8 +19,24 @@ def in_fixed_order(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[
     Sums round differently in different orders. After this, a method that is symmetric on paper gives the same bits
     whatever the order in which the updates came.
     """
-    pairs = sorted(zip(deltas, weights, strict=True), key=cmp_to_key(_compare))
-    return [delta for delta, _ in pairs], [weight for _, weight in pairs]
+    order = fixed_order(lambda: [deltas], weights)
+    return [deltas[index] for index in order], [weights[index] for index in order]
+
+
+def fixed_order(deltas: Columns, weights: Sequence[float]) -> list[int]:
+    """The same order as indices, of deltas that come piece by piece. Rarely looks further than the first piece."""
+
+    def compare(one: int, two: int) -> int:
+        """By the first element that differs; by the weight where none does."""
+        for piece in deltas():
+            here, there = piece[one].flatten(), piece[two].flatten()
+            different = here != there
+            if bool(different.any()):
+                place = int(different.int().argmax())
+                return 1 if bool(here[place] > there[place]) else -1
+        return (weights[one] > weights[two]) - (weights[one] < weights[two])
+
+    return sorted(range(len(weights)), key=cmp_to_key(compare))
 
 
 def gram(deltas: Sequence[Tensor], onto: Tensor | None = None) -> Tensor:
@@ -45,13 +63,3 @@ def mixture(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
         if coefficient:
             total += tensor.double() * coefficient
     return total.to(tensors[0].dtype)
-
-
-def _compare(one: tuple[Tensor, float], two: tuple[Tensor, float]) -> int:
-    """By the first element that differs; by the weight where none does."""
-    here, there = one[0].flatten(), two[0].flatten()
-    different = here != there
-    if not bool(different.any()):
-        return (one[1] > two[1]) - (one[1] < two[1])
-    place = int(different.int().argmax())
-    return 1 if bool(here[place] > there[place]) else -1
