@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from configs.validation import field_names, validated
 from storage.errors import InvalidInput
 from tasks.choice import BY_NAME, choices, require
 from tasks.codecs import AnyCodec, Ternary
@@ -29,8 +29,6 @@ from tasks.tuners import AnyTuner, Full
 
 PRESETS = Path(__file__).parent / "presets"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
-
-Config = TypeVar("Config")
 
 AnyBase = Annotated[DigitsBase | Checkpoint, BY_NAME]
 
@@ -109,7 +107,6 @@ class ChainConfig:
 
 
 _ADAPTER: TypeAdapter[ChainConfig] = TypeAdapter(ChainConfig)
-_LINE: TypeAdapter[LineConfig] = TypeAdapter(LineConfig)
 
 
 def load_chain(source: str | Path) -> ChainConfig:
@@ -127,13 +124,8 @@ def load_chain(source: str | Path) -> ChainConfig:
 def parse_chain(values: Any, *, source: str = "the chain") -> ChainConfig:
     """A chain from plain values. Errors name every wrong field and what it could be."""
     if not isinstance(values, dict):
-        raise InvalidInput(f"{source} must be a mapping with the fields {', '.join(_fields(ChainConfig))}")
-    return _validated(_ADAPTER, values, f"{source} is not a valid chain")
-
-
-def parse_line(values: Any, *, source: str = "the line") -> LineConfig:
-    """One line from plain values, with the same errors."""
-    return _validated(_LINE, values, f"{source} is not a valid line")
+        raise InvalidInput(f"{source} must be a mapping with the fields {', '.join(field_names(ChainConfig))}")
+    return validated(_ADAPTER, values, f"{source} is not a valid chain", _owner)
 
 
 def dump_chain(config: ChainConfig) -> dict[str, Any]:
@@ -144,14 +136,6 @@ def dump_chain(config: ChainConfig) -> dict[str, Any]:
 
 def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def _validated(adapter: TypeAdapter[Config], values: Any, problem: str) -> Config:
-    try:
-        return adapter.validate_python(values)
-    except ValidationError as error:
-        problems = "\n  ".join(dict.fromkeys(_explain(one) for one in error.errors()))
-        raise InvalidInput(f"{problem}:\n  {problems}") from None
 
 
 def _find(source: str | Path) -> Path:
@@ -166,37 +150,6 @@ def _find(source: str | Path) -> Path:
     raise InvalidInput(f"there is no file {str(source)!r}", remedy=f"{hint}Presets: {', '.join(presets())}")
 
 
-def _explain(problem: Any) -> str:
-    """One line for one of pydantic's errors: the field as it stands in the file, what is wrong, what would be right."""
-    where = ".".join(str(part) for part in problem["loc"]) or "chain"
-    found = problem.get("input")
-    match problem["type"]:
-        case "union_tag_invalid":
-            tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
-            tag = problem["ctx"]["tag"]
-            return f"{where}: there is no {tag!r}{_close(tag, tags)}; choices: {', '.join(tags)}"
-        case "union_tag_not_found":
-            return f"{where}: has no `name`, which says what it is"
-        case "unexpected_keyword_argument":
-            known = _fields(_owner(problem["loc"]))
-            return (
-                f"{where}: there is no such field{_close(str(problem['loc'][-1]), known)}; fields: {', '.join(known)}"
-            )
-        case "missing" | "missing_argument":
-            return f"{where}: is missing"
-        case "literal_error":
-            return f"{where}: {found!r} is not one of {problem['ctx']['expected']}"
-        case "value_error":
-            return f"{where}: {problem['ctx']['error']}"
-        case _:
-            return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found!r}"
-
-
-def _close(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def _owner(loc: tuple[Any, ...]) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
     families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
@@ -204,7 +157,3 @@ def _owner(loc: tuple[Any, ...]) -> type:
     for family in families:
         known |= choices(family)
     return next((known[part] for part in reversed(loc[:-1]) if part in known), ChainConfig)
-
-
-def _fields(cls: type) -> list[str]:
-    return [one.name for one in fields(cls)]

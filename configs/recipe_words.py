@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
-from configs.chain import parse_line
+from configs.validation import validated
 from storage.errors import InvalidInput
+from tasks.choice import choices
+from tasks.mergers import AnyMerger
 from tasks.recipe import Recipe
+from tasks.scalings import AnyScaling
+from tasks.sparsifiers import AnySparsifier
 
 _KINDS = ("merger", "sparsify", "scaling")
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 NONE = "none"  # `--sparsify none`: leave it out
 
 
@@ -23,7 +29,7 @@ def recipe_from_words(
     `settings` are `key=value` for the merger, `sparsify.key=value` and `scaling.key=value` for the others; values are
     written as in a config.
     """
-    return _recipe({}, "command", merger, sparsify, scaling, settings)
+    return _recipe({}, "the recipe", merger, sparsify, scaling, settings)
 
 
 def changed_recipe(
@@ -43,7 +49,7 @@ def changed_recipe(
         "merger": {key: value for key, value in spec.items() if key not in _KINDS},
         **{kind: dict(spec[kind]) for kind in _KINDS[1:] if kind in spec},
     }
-    return _recipe(held, f"line {line!r} as it would be rebuilt", merger, sparsify, scaling, settings, line)
+    return _recipe(held, f"line {line!r} as it would be rebuilt", merger, sparsify, scaling, settings)
 
 
 def _recipe(
@@ -53,7 +59,6 @@ def _recipe(
     sparsify: str | None,
     scaling: str | None,
     settings: Sequence[str],
-    line: str = "line",
 ) -> Recipe:
     values = dict(held)
     for kind, name in (("merger", merger), ("sparsify", sparsify), ("scaling", scaling)):
@@ -68,7 +73,12 @@ def _recipe(
         values[kind][key] = value
     for choice in values.values():
         choice.pop("version", None)
-    return parse_line({"name": line, **values}, source=source).recipe
+    return validated(_RECIPE, values, f"{source} is not valid", _owner)
+
+
+def _owner(loc: tuple[Any, ...]) -> type:
+    known = {name: kind for family in (AnyMerger, AnySparsifier, AnyScaling) for name, kind in choices(family).items()}
+    return next((known[part] for part in reversed(loc[:-1]) if part in known), Recipe)
 
 
 def _setting(text: str) -> tuple[str, str, Any]:

@@ -11,16 +11,21 @@ Methods that see each entry alone take tensors in pieces that stay in a core's c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn, TypeVar
 
+import torch
 from torch import Tensor
 
 from storage.errors import InvalidInput
 from tasks.folders.pieces import PIECE, Piece
 from tasks.folders.scratch import Scratch
-from tasks.mergers import Average, Facts, Joint, Parts, Sequential, Sums, TaskArithmetic, Ties
+from tasks.folders.unknown import Unknown, UnknownError
+from tasks.mergers import Facts, Joint, Parts, Sequential, Sums
+from tasks.mergers.base import Mix
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
 from tasks.stored import added
@@ -28,20 +33,8 @@ from tasks.stored import added
 _JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
 _SURVEYED = 1 << 20  # entries of the pieces that a survey sees of such tensors
 
+Item = TypeVar("Item")
 Finish = Callable[[Piece, Tensor], Sums]  # what is done with a piece and its merged delta [elements]
-
-
-class _UnknownError(Exception):
-    """Somebody asked for a number that is known only after a pass over the whole model."""
-
-
-class Unknown(Mapping[str, Any]):
-    """Facts or sums that are not there yet."""
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise _UnknownError
-
-    __getitem__ = __iter__ = __len__ = __contains__ = get = keys = items = values = _refuse
 
 
 @dataclass
@@ -56,9 +49,22 @@ class _Outcome:
 
 def sees_entries_alone(recipe: Recipe) -> bool:
     """Whether an entry of the merged delta depends on the same entry of the updates, and facts and surveys alone."""
-    merger = recipe.merger
-    alone = isinstance(merger, (Average, TaskArithmetic)) or (isinstance(merger, Ties) and merger.trim == "model")
-    return alone and recipe.sparsify is None and recipe.scaling is None
+    thin = recipe.sparsify
+    return recipe.merger.entrywise and (thin is None or thin.entrywise) and recipe.scaling is None
+
+
+def _kept(held: bool, stream: Callable[[], Iterator[Item]]) -> Callable[[], Iterable[Item]]:
+    """The stream, computed once for all passes if it is to be held in memory, else for each of them."""
+    if not held:
+        return stream
+    found: list[Item] = []
+
+    def again() -> Iterable[Item]:
+        if not found:
+            found.extend(stream())
+        return found
+
+    return again
 
 
 class Passes:
@@ -72,11 +78,14 @@ class Passes:
         self._jobs = [part for one in wholes for part in one.split(_JOB)] if self.in_pieces else list(wholes)
         self._facts: list[Facts] = [{}] + [Unknown() for _ in range(self._count)]
         self._surveys: list[Facts] = []
+        self._looks: dict[str, list[Facts]] = {}  # of every parameter, update by update
+        self._mixes: dict[str, Mix] = {}
 
     def run(self, write: Finish, report: Callable[[str], Report | None] = lambda label: None) -> None:
         """Merge everything. `write` gets every piece with its merged delta, in any order, from any thread, and
         sometimes again. `report` is asked for the progress of each pass."""
         self._surveys = self._survey(report("surveying"))
+        self._look(report("looking"))
         scaling = self._recipe.scaling
         if scaling is None:
             self._pass(write, report("merging"))
@@ -103,6 +112,40 @@ class Passes:
         largest = max(one.elements for one in self._wholes)
         return list(in_order(range(self._count), one, lambda _: 8 * 4.0 * largest, self._budget, report))
 
+    def _look(self, report: Report | None) -> None:
+        """What a tensor that is merged in pieces must be known for as a whole."""
+        merger, weights = self._recipe.merger, self._sources.weights
+        if not self.in_pieces:
+            return
+
+        def one(parameter: Piece) -> None:
+            held = self._held(parameter) <= self._budget.memory
+            name = parameter.parameter.target.name
+            if isinstance(merger, Joint):
+                self._mixes[name] = merger.mix(_kept(held, lambda: self._columns(parameter)), weights)
+                return
+            streams = [_kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
+            self._looks[name] = [merger.look(stream) for stream in streams]
+
+        def cost(parameter: Piece) -> float:
+            held = self._held(parameter)
+            return self._space(parameter.dtype, PIECE) + (held if held <= self._budget.memory else 0)
+
+        largest_first = sorted(self._wholes, key=lambda one: -one.elements)
+        deque(in_order(largest_first, one, cost, self._budget, report), maxlen=0)
+
+    def _held(self, parameter: Piece) -> float:
+        """Bytes of one parameter's deltas, and of half as much again that a look may make of them."""
+        return 1.5 * self._count * parameter.elements * parameter.dtype.itemsize
+
+    def _columns(self, parameter: Piece) -> Iterator[list[Tensor]]:
+        for part in parameter.split(PIECE):
+            piece = replace(part)
+            yield [self._delta(piece, index) for index in range(self._count)]
+
+    def _entries(self, parameter: Piece, index: int) -> Iterator[Tensor]:
+        return (self._delta(replace(part), index) for part in parameter.split(PIECE))
+
     def _stream(self, index: int) -> Iterator[Tensor]:
         for one in self._wholes:
             for part in one.split(_SURVEYED if self.in_pieces else one.elements):
@@ -118,7 +161,7 @@ class Passes:
     def _delta(self, piece: Piece, index: int) -> Tensor:
         """An update as the merger sees it: thinned."""
         delta, thin = piece.shaped(piece.delta(index)), self._recipe.sparsify
-        return delta if thin is None else thin.thin(delta, self._sources.keys[index], piece.parameter.base)
+        return delta if thin is None else thin.thin(delta, self._sources.keys[index], piece.parameter.base, piece.start)
 
     def _pass(self, finish: Finish, report: Report | None, again: bool = False) -> list[_Outcome]:
         """Do all jobs, those that must wait for a fact as often as needed. `again`: another pass will follow."""
@@ -149,7 +192,7 @@ class Passes:
             try:
                 assert isinstance(merger, Sequential)
                 self._facts[step + 1] = merger.close(self._facts[step], Unknown(), survey)
-            except _UnknownError:
+            except UnknownError:
                 return
 
     def _order(self) -> list[int]:
@@ -157,10 +200,14 @@ class Passes:
         return sorted(range(len(self._jobs)), key=lambda index: -self._jobs[index].elements)
 
     def _cost(self, index: int) -> float:
-        merger = self._recipe.merger
-        space = merger.workspace(self._count) if isinstance(merger, Joint) else merger.workspace()
         job = self._jobs[index]
-        return space * job.dtype.itemsize * (PIECE if self.in_pieces else job.elements)
+        return self._space(job.dtype, PIECE if self.in_pieces else job.elements)
+
+    def _space(self, dtype: torch.dtype, elements: int) -> float:
+        """Bytes that work on so many elements takes."""
+        merger = self._recipe.merger
+        space = self._recipe.workspace(merger.workspace(self._count) if isinstance(merger, Joint) else 0)
+        return space * elements * dtype.itemsize
 
     def _learn(self, outcomes: Sequence[_Outcome]) -> None:
         """Close every state whose folds are all done."""
@@ -185,8 +232,8 @@ class Passes:
     def _fresh(self, piece: Piece, finish: Finish) -> _Outcome:
         outcome = _Outcome()
         try:
-            merged = self._delta_of(self._fold(piece, outcome), piece)
-        except _UnknownError:
+            merged = self._mixed(piece) if self._mixes else self._delta_of(self._fold(piece, outcome), piece)
+        except UnknownError:
             return outcome
         return replace(outcome, finished=True, found=finish(piece, merged.reshape(-1)))
 
@@ -205,7 +252,7 @@ class Passes:
                         outcome = _Outcome()
                         parts = self._fold(piece, outcome)
                     merged = {"": self._delta_of(parts, piece)}
-            except _UnknownError:
+            except UnknownError:
                 self._scratch.offer(f"{key}.parts", parts or {}, time.perf_counter() - start)
                 return outcome
             if again:
@@ -220,8 +267,11 @@ class Passes:
         merger, scaling, target = self._recipe.merger, self._recipe.scaling, piece.parameter.target
         assert isinstance(merger, Sequential)
         state, total = None, None
+        looks = self._looks.get(target.name)
         for step, survey in enumerate(self._surveys):
             delta = self._delta(piece, step)
+            if looks is not None:
+                survey = {**survey, **looks[step], "start": piece.start}
             state, sums = merger.fold(state, delta, target, self._facts[step], survey)
             outcome.folds.append(sums)
             if scaling is not None:
@@ -231,6 +281,10 @@ class Passes:
                 outcome.shares.append(scaling.share(delta, total))
         assert state is not None
         return state
+
+    def _mixed(self, piece: Piece) -> Tensor:
+        deltas = [self._delta(piece, index) for index in range(self._count)]
+        return self._mixes[piece.parameter.target.name](deltas, piece.start)
 
     def _combine(self, piece: Piece, outcome: _Outcome) -> Tensor:
         merger, scaling = self._recipe.merger, self._recipe.scaling

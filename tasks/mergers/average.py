@@ -22,5 +22,9 @@ class Average(RunningSum):
     name: Literal["average"] = "average"
     version: Literal[1] = 1
 
+    @property
+    def entrywise(self) -> bool:
+        return True
+
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         return state["sum"] / facts["weight"]

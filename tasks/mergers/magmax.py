@@ -30,6 +30,10 @@ class Magmax(Sequential):
     def __post_init__(self) -> None:
         require(self.scale > 0, "scale", "positive", self.scale)
 
+    @property
+    def entrywise(self) -> bool:
+        return True
+
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:

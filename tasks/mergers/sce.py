@@ -152,7 +152,7 @@ _EVERYTHING = _Selection(0.0)
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
     """The biased variance of every entry over the deltas, in float64; exactly 0 where they are equal."""
     first = deltas[0].double()  # around the first one, so that equal values leave no rounding behind
-    others = [delta - first for delta in deltas[1:]]
+    others = [delta.double() - first for delta in deltas[1:]]
     mean = torch.zeros_like(first)
     for one in others:
         mean += one

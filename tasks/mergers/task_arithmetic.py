@@ -27,5 +27,9 @@ class TaskArithmetic(RunningSum):
     def __post_init__(self) -> None:
         require(self.scale > 0, "scale", "positive", self.scale)
 
+    @property
+    def entrywise(self) -> bool:
+        return True
+
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         return state["sum"] * self.scale

@@ -105,7 +105,8 @@ class Ties(Sequential):
         up, down = sign.clamp(min=0), (-sign).clamp(min=0)
         chosen = state["positive"] * up + state["negative"] * down
         if self.aggregate == "mean":
-            count = state["positive_count"] * up + state["negative_count"] * down
+            agreed, opposed = (state[key].to(up.dtype) for key in ("positive_count", "negative_count"))
+            count = agreed * up + opposed * down
             chosen = chosen / count.clamp(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
         return chosen * self.scale
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.sparsifiers.base import Sparsifier, uniform, with_l1_of
+from tasks.sparsifiers.base import Sparsifier, chosen, with_l1_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,16 @@ class Dare(Sparsifier):
     def __post_init__(self) -> None:
         require(0 < self.density <= 1, "density", "in (0, 1]", self.density)
 
-    def thin(self, delta: Tensor, update: str, tensor: str) -> Tensor:
+    @property
+    def entrywise(self) -> bool:
+        return self.rescale == "expectation" or self.density == 1
+
+    def thin(self, delta: Tensor, update: str, tensor: str, start: int = 0) -> Tensor:
         if self.density == 1:
             return delta
-        return self.rescaled(delta, uniform(delta, self.seed, update, tensor) < self.density)
+        return self.rescaled(delta, chosen(delta, self.density, self.seed, update, tensor, start))
 
     def rescaled(self, delta: Tensor, kept: Tensor) -> Tensor:
         """The kept entries of `delta` (booleans of its shape), rescaled; the others zero."""
-        thinned = torch.where(kept, delta, 0)
-        return thinned / self.density if self.rescale == "expectation" else with_l1_of(delta, thinned)
+        thinned = delta * kept
+        return thinned.div_(self.density) if self.rescale == "expectation" else with_l1_of(delta, thinned)

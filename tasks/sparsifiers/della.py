@@ -43,11 +43,11 @@ class Della(Sparsifier):
         expected = "so that density - epsilon and density + epsilon are in (0, 1]"
         require(inside or self.density == 1, "epsilon", expected, self.epsilon)
 
-    def thin(self, delta: Tensor, update: str, tensor: str) -> Tensor:
+    def thin(self, delta: Tensor, update: str, tensor: str, start: int = 0) -> Tensor:
         if self.density == 1:
             return delta
         probability = self.probability(delta)
-        thinned = torch.where(uniform(delta, self.seed, update, tensor) < probability, delta, 0)
+        thinned = torch.where(uniform(delta, self.seed, update, tensor, start) < probability, delta, 0)
         return thinned / probability if self.rescale == "probability" else with_l1_of(delta, thinned)
 
     def probability(self, delta: Tensor) -> Tensor:

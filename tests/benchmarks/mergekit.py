@@ -39,6 +39,7 @@ _CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+_COMMAND = (str(Path(sys.executable).parent / "deltaworks"), "merge")
 _SEEN = "model.layers.3.mlp.up_proj.weight"  # whose numbers are compared
 
 
@@ -163,7 +164,7 @@ def _copied(inputs: list[Path], place: Path) -> float:
 
 def _ours(job: Job, inputs: list[Path], out: Path) -> Run:
     shutil.rmtree(out, ignore_errors=True)
-    return _run([sys.executable, "-m", "flows.cli", "merge", *map(str, inputs), str(out), *job.ours, "--memory", "1GiB"])
+    return _run([*_COMMAND, *map(str, inputs), str(out), *job.ours, "--memory", "1GiB"])
 
 
 def _theirs(command: str, job: Job, inputs: list[Path], out: Path) -> Run:
