@@ -13,7 +13,7 @@ from storage.manifest import Lineage
 from storage.refs import CheckpointRef, UpdateRef, short
 from tasks.choice import Choice
 from tasks.codecs import Dense, decoder
-from tasks.select import power
+from tasks.moments import power
 from tasks.tensors import check_finite, dtype_name, read_tensor, wide
 
 HEAD = "head."  # role prefix of tensors that only the tuned side has: kept with the update, never merged

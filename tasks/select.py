@@ -1,4 +1,4 @@
-"""Order statistics of tensors, alone or in streams too large to hold, and the power and deviation of streams.
+"""Order statistics of tensors, alone or in streams too large to hold.
 
 A k-th magnitude is found between two values of a sample: one pass draws the sample, the next one counts what is below
 the two and collects what is between them, and the answer is among those few. What a sample promises is checked by the
@@ -32,6 +32,18 @@ def kth_magnitude(stream: Stream, k: Rank) -> float:
     saves the pass that would count them. Tensors are float32 or float64, without NaN. Where both dtypes occur, all are
     compared as float64, which changes no value. Raises ValueError if k is beyond the number of elements.
     """
+    return _ranked(stream, k).value
+
+
+class _Ranked(NamedTuple):
+    """A magnitude, and how many elements are smaller and how many equal to it, if that came out by the way."""
+
+    value: float
+    smaller: int | None = None
+    equal: int | None = None
+
+
+def _ranked(stream: Stream, k: Rank) -> _Ranked:
     sample = _Sample()
     for tensor in stream():
         sample.add(tensor)
@@ -39,11 +51,18 @@ def kth_magnitude(stream: Stream, k: Rank) -> float:
     if not 0 <= rank <= sample.seen:
         raise ValueError(f"k must be in 0..{sample.seen}, found {rank}")
     if rank == 0:
-        return 0.0
+        return _Ranked(0.0)
     if sample.complete:
-        return _kth(sample.values, rank)
+        return _among(sample.values, rank, 0)
     found = _between(stream, rank, sample.bracket(rank), sample.dtype)
-    return _by_digits(stream, rank) if found is None else found
+    return _Ranked(_by_digits(stream, rank)) if found is None else found
+
+
+def _among(magnitudes: Tensor, k: int, smaller: int) -> _Ranked:
+    """The k-th of these, which `smaller` elements are below."""
+    value = float(torch.kthvalue(magnitudes, k).values)
+    below, equal = (int(torch.count_nonzero(one)) for one in (magnitudes < value, magnitudes == value))
+    return _Ranked(value, smaller + below, equal)
 
 
 class Cut(NamedTuple):
@@ -56,30 +75,32 @@ class Cut(NamedTuple):
 
 def cut(stream: Stream, k: Rank) -> Cut:
     """Where to cut so that exactly k entries stay, of equal magnitudes the earlier ones."""
-    rank = 0
+    rank = total = 0
 
-    def place(total: int) -> int:
-        nonlocal rank
-        rank = k(total) if callable(k) else k
+    def place(count: int) -> int:
+        nonlocal rank, total
+        rank, total = k(count) if callable(k) else k, count
         return total - rank + 1 if 0 < rank < total else 0
 
-    bound = kth_magnitude(stream, place)
+    bound, smaller, same = _ranked(stream, place)
     if rank <= 0:
         return Cut(math.inf, 0)
     if bound == 0:
         return Cut(0.0, math.inf)  # all, or so many that zeros are among them, which are zeros when left out
-    equal, wanted = [], rank
-    for tensor in stream():
-        flat = tensor.flatten()
-        more, least = (int(torch.count_nonzero(one)) for one in (hardshrink(flat, bound), _from(flat, bound)))
-        equal.append(least - more)
-        wanted -= more
+    if smaller is None or same is None:
+        above = sum(int(torch.count_nonzero(hardshrink(tensor.flatten(), bound))) for tensor in stream())
+        wanted = rank - above
+    else:
+        wanted = rank - (total - smaller - same)
+        if wanted == same:
+            return Cut(bound, math.inf)
     start = 0
-    for number, tensor in enumerate(stream()):
-        if wanted <= equal[number]:
-            places = (tensor.flatten().abs() == bound).nonzero().flatten()
-            return Cut(bound, start + int(places[wanted - 1]) + 1)
-        wanted -= equal[number]
+    for tensor in stream():
+        equal = tensor.flatten().abs() == bound
+        here = int(torch.count_nonzero(equal))
+        if wanted <= here:
+            return Cut(bound, start + int(equal.nonzero()[wanted - 1]) + 1)
+        wanted -= here
         start += tensor.numel()
     raise AssertionError("the stream changed between two passes")
 
@@ -198,7 +219,7 @@ def _spread(flat: Tensor, count: int) -> Tensor:
     return flat[torch.arange(count, device=flat.device) * step % total]
 
 
-def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -> float | None:
+def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -> _Ranked | None:
     """The magnitude of this rank, if it is in the bracket and what is between its ends fits in the room; else None."""
     low, high, ties, room = bracket
     up_to_low = at_low = at_high = held = 0
@@ -218,11 +239,11 @@ def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -
     if place < 1:
         return None
     if place <= at_low:
-        return low
+        return _Ranked(low)
     place -= at_low
     if place <= held:
-        return _kth(torch.cat(inside), place)
-    return high if place - held <= at_high and low < high else None
+        return _among(torch.cat(inside), place, up_to_low)
+    return _Ranked(high) if place - held <= at_high and low < high else None
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -267,34 +288,3 @@ def _by_digits(stream: Stream, k: int) -> float:
         if width == bits:
             whole = torch.tensor(prefix, dtype=torch.int64 if bits == 64 else torch.int32)
             return float(whole.view(torch.float64 if bits == 64 else torch.float32))
-
-
-class Power(NamedTuple):
-    """Number of elements, and the sum of their squares in float64."""
-
-    elements: int
-    squares: float
-
-
-def power(stream: Stream) -> Power:
-    """Count and sum of squares, in one pass."""
-    count, squares = 0, 0.0
-    for tensor in stream():
-        count += tensor.numel()
-        squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.numel() else 0.0
-    return Power(count, squares)
-
-
-def deviation(stream: Stream) -> float:
-    """The unbiased standard deviation, like `torch.std`, in float64; 0 for less than two elements.
-
-    Two passes: the mean first, then the squares around it, so that a large mean costs no digits.
-    """
-    count, total = 0, 0.0
-    for tensor in stream():
-        count += tensor.numel()
-        total += tensor.sum(dtype=torch.float64).item()
-    if count < 2:
-        return 0.0
-    mean = total / count
-    return math.sqrt(math.fsum(float((tensor.double() - mean).square().sum()) for tensor in stream()) / (count - 1))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tasks.choice import Choice, require
 from tasks.codecs.base import Facts, Parts
-from tasks.select import Stream, deviation, kth_magnitude, power
+from tasks.moments import deviation, power
+from tasks.select import Stream, kth_magnitude
 
 Bytes = NDArray[np.uint8]
 _LEVEL = 1  # on these streams higher levels are slower and often larger

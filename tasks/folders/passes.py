@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tasks.folders.scratch import Scratch
 from tasks.folders.unknown import Unknown, UnknownError
 from tasks.mergers import Facts, Joint, Parts, Sequential, Sums
 from tasks.mergers.base import Mix
+from tasks.mergers.vectors import kept
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
 from tasks.stored import added
@@ -33,7 +34,6 @@ from tasks.stored import added
 _JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
 _SURVEYED = 1 << 20  # entries of the pieces that a survey sees of such tensors
 
-Item = TypeVar("Item")
 Finish = Callable[[Piece, Tensor], Sums]  # what is done with a piece and its merged delta [elements]
 
 
@@ -51,20 +51,6 @@ def sees_entries_alone(recipe: Recipe) -> bool:
     """Whether an entry of the merged delta depends on the same entry of the updates, and facts and surveys alone."""
     thin = recipe.sparsify
     return recipe.merger.entrywise and (thin is None or thin.entrywise) and recipe.scaling is None
-
-
-def _kept(held: bool, stream: Callable[[], Iterator[Item]]) -> Callable[[], Iterable[Item]]:
-    """The stream, computed once for all passes if it is to be held in memory, else for each of them."""
-    if not held:
-        return stream
-    found: list[Item] = []
-
-    def again() -> Iterable[Item]:
-        if not found:
-            found.extend(stream())
-        return found
-
-    return again
 
 
 class Passes:
@@ -122,9 +108,9 @@ class Passes:
             held = self._held(parameter) <= self._budget.memory
             name = parameter.parameter.target.name
             if isinstance(merger, Joint):
-                self._mixes[name] = merger.mix(_kept(held, lambda: self._columns(parameter)), weights)
+                self._mixes[name] = merger.mix(kept(held, lambda: self._columns(parameter)), weights, held)
                 return
-            streams = [_kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
+            streams = [kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
             self._looks[name] = [merger.look(stream) for stream in streams]
 
         def cost(parameter: Piece) -> float:
@@ -135,8 +121,8 @@ class Passes:
         deque(in_order(largest_first, one, cost, self._budget, report), maxlen=0)
 
     def _held(self, parameter: Piece) -> float:
-        """Bytes of one parameter's deltas, and of half as much again that a look may make of them."""
-        return 1.5 * self._count * parameter.elements * parameter.dtype.itemsize
+        """Bytes of one parameter's deltas, and of what a look may make of them: a number in float64 per entry."""
+        return (self._count + 2) * 1.0 * parameter.elements * parameter.dtype.itemsize
 
     def _columns(self, parameter: Piece) -> Iterator[list[Tensor]]:
         for part in parameter.split(PIECE):

@@ -114,8 +114,11 @@ class Joint(Merger):
         """Whether `mix` is there: whether, after passes over a tensor, each of its entries can be merged alone."""
         return False
 
-    def mix(self, deltas: Columns, weights: Sequence[float]) -> Mix:
-        """What merges any piece of a tensor as `combine` would merge it whole. Looks at all of it first."""
+    def mix(self, deltas: Columns, weights: Sequence[float], hold: bool = True) -> Mix:
+        """What merges any piece of a tensor as `combine` would merge it whole. Looks at all of it first.
+
+        `hold`: whether a float64 number per entry may be held from one pass over the deltas to the next.
+        """
         raise NotImplementedError
 
     def workspace(self, updates: int) -> float:

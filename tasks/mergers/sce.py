@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tasks.choice import require
 from tasks.mergers.base import Columns, Joint, Mix, Target
-from tasks.mergers.vectors import fixed_order
-from tasks.select import cut, keep, kth_magnitude
+from tasks.mergers.vectors import fixed_order, kept
+from tasks.select import Stream, cut, keep, kth_magnitude
 
+_PIECE = 1 << 15
 _FEEBLE = 1e-6  # mergekit's bound for sums of weights and of mean squares
 
 
@@ -62,20 +63,25 @@ class Sce(Joint):
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
         return self.mix(lambda: [deltas], weights)(deltas, 0)
 
-    def mix(self, deltas: Columns, weights: Sequence[float]) -> Mix:
+    def mix(self, deltas: Columns, weights: Sequence[float], hold: bool = True) -> Mix:
         order = fixed_order(deltas, weights)
 
         def columns() -> Iterator[list[Tensor]]:
-            return ([piece[index] for index in order] for piece in deltas())
+            return (one for piece in deltas() for one in _small([piece[index] for index in order]))
 
-        selected = self._selection(columns)
-        shares = self._shares(columns, selected)
+        variances = kept(hold, lambda: (_variance(piece) for piece in columns()))
+        selected = self._selection(variances)
+        shares = self._shares(columns, variances, selected)
         of_weights_alone = self.variant == "fuseai"
 
         def merged(piece: Sequence[Tensor], start: int) -> Tensor:
-            ordered = [piece[index] for index in order]
-            mask = None if of_weights_alone else selected.mask(ordered, start)
-            return self._merged(ordered, shares, mask)
+            found = []
+            for ordered in _small([piece[index] for index in order]):
+                alone = of_weights_alone or selected == _EVERYTHING
+                mask = None if alone else selected.mask(_variance(ordered), start)
+                found.append(self._merged(ordered, shares, mask))
+                start += ordered[0].numel()
+            return torch.cat(found).reshape(piece[0].shape)
 
         return merged
 
@@ -100,13 +106,10 @@ class Sce(Joint):
         divisor.clamp_(min=_FEEBLE if self.variant == "mergekit" else torch.finfo(divisor.dtype).tiny)
         return merged.div_(divisor).to(deltas[0].dtype)
 
-    def _selection(self, columns: Columns) -> _Selection:
+    def _selection(self, variances: Stream) -> _Selection:
         """Which entries are selected."""
         if self.select_topk == 1:
             return _EVERYTHING
-
-        def variances() -> Iterator[Tensor]:
-            return (_variance(piece) for piece in columns())
 
         varying = total = 0
         for one in variances():
@@ -119,15 +122,15 @@ class Sce(Joint):
             return _Selection(kth_magnitude(variances, total - max(count, 1) + 1))
         return _Selection(*cut(variances, count))
 
-    def _shares(self, columns: Columns, selected: _Selection) -> list[float]:
+    def _shares(self, columns: Columns, variances: Stream, selected: _Selection) -> list[float]:
         """The weights of the deltas; equal where there is nothing to weigh."""
         squares: list[list[float]] = []
-        total = start = 0
-        for piece in columns():
-            mask = selected.mask(piece, start)
+        total = 0
+        for piece, variance in zip(columns(), variances(), strict=True):
+            mask = selected.mask(variance, total)
             of = [delta.double() if mask is None else delta.double() * mask for delta in piece]
-            squares.append([float(one.square().sum()) for one in of])
-            total = start = start + piece[0].numel()
+            squares.append([float(torch.dot(one, one)) for one in of])
+            total += piece[0].numel()
         means = [math.fsum(some) / max(total, 1) for some in zip(*squares, strict=True)]
         whole = math.fsum(means)
         if whole < _FEEBLE if self.variant == "mergekit" else whole == 0:
@@ -141,12 +144,20 @@ class _Selection(NamedTuple):
     bound: float
     until: float = math.inf
 
-    def mask(self, deltas: Sequence[Tensor], start: int) -> Tensor | None:
+    def mask(self, variance: Tensor, start: int) -> Tensor | None:
         """1 for the selected entries and 0 for the others, float64 of the shape of a delta; None: all of them."""
-        return None if self == _EVERYTHING else keep(_variance(deltas), self.bound, self.until, start).sign_()
+        return None if self == _EVERYTHING else keep(variance, self.bound, self.until, start).sign()
 
 
 _EVERYTHING = _Selection(0.0)
+
+
+def _small(deltas: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The deltas flat, in pieces whose float64 numbers stay in a core's cache."""
+    rows = [delta.flatten() for delta in deltas]
+    size = _PIECE if rows[0].device.type == "cpu" else max(rows[0].numel(), 1)
+    for start in range(0, max(rows[0].numel(), 1), size):
+        yield [row[start : start + size] for row in rows]
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:

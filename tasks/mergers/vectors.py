@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cmp_to_key
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tasks.mergers.base import Columns
 
+Item = TypeVar("Item")
+
 _PIECE = 1 << 18  # elements per vector that are in float64 at once
+
+
+def kept(hold: bool, stream: Callable[[], Iterable[Item]]) -> Callable[[], Iterable[Item]]:
+    """The stream, computed once for all passes if it may be held in memory, else for each of them."""
+    if not hold:
+        return stream
+    found: list[Item] = []
+
+    def again() -> Iterable[Item]:
+        if not found:
+            found.extend(stream())
+        return found
+
+    return again
 
 
 def in_fixed_order(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], list[float]]:

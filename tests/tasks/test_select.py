@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 from tasks import select
-from tasks.select import deviation, kth_magnitude, largest, power
+from tasks.moments import deviation, power
+from tasks.select import cut, keep, kth_magnitude, largest
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -191,3 +192,32 @@ def test_deviation_keeps_its_digits_far_from_zero() -> None:
 @pytest.mark.parametrize("tensors", [[], [torch.empty(0)], [torch.tensor([2.0])]])
 def test_deviation_of_next_to_nothing(tensors: list[Tensor]) -> None:
     assert deviation(lambda: tensors) == 0.0
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]), max_size=9), max_size=6),
+    st.integers(-1, 60),
+)
+def test_a_cut_keeps_what_is_largest(pieces: list[list[float]], k: int) -> None:
+    """Piece by piece as in one: exactly the k largest, of equal ones the earlier."""
+    tensors = [torch.tensor(piece) for piece in pieces]
+    whole = torch.cat([*tensors, torch.zeros(0)])
+    found = cut(lambda: tensors, k)
+    expected = torch.where(largest(whole, k), whole, 0.0)
+    kept, start = [torch.zeros(0)], 0
+    for one in tensors:
+        kept.append(keep(one, *found, start))
+        start += one.numel()
+    assert torch.equal(torch.cat(kept), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cut_of_many_entries(dtype: torch.dtype) -> None:
+    """Sampled and not held; in bfloat16's values many are equal."""
+    tensor = torch.randn(400_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    tensor = tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for k in (1, 4_000, 200_001, 399_999):
+        pieces = tensor.split(30_000)
+        bound, until = cut(lambda pieces=pieces: pieces, k)
+        kept = torch.cat([keep(one, bound, until, 30_000 * number) for number, one in enumerate(pieces)])
+        assert torch.equal(kept, torch.where(largest(tensor, k), tensor, 0))
