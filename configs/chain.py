@@ -22,6 +22,7 @@ from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
 from tasks.recipe import Recipe
 from tasks.scalings import AnyScaling
+from tasks.search import Search
 from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
 from tasks.suites.heads import AnyHead
@@ -56,7 +57,8 @@ class Task:
 class LineConfig:
     """One merged model: the name of its line and of its registered model, and how updates enter it.
 
-    `sparsify` thins each update before it is merged, `scaling` sets the size of the merged delta.
+    `sparsify` thins each update before it is merged, `scaling` sets the size of the merged delta. `search` chooses
+    after every merge how much of that delta is written, on examples that the tasks were trained on.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -65,6 +67,7 @@ class LineConfig:
     merger: AnyMerger
     sparsify: AnySparsifier | None = None
     scaling: AnyScaling | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         _ = self.recipe  # choices that do not compose are refused here, before anything is trained
@@ -154,6 +157,7 @@ def _owner(loc: tuple[Any, ...]) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
     families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
+    known["search"] = Search
     for family in families:
         known |= choices(family)
     return next((known[part] for part in reversed(loc[:-1]) if part in known), ChainConfig)

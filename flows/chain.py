@@ -15,7 +15,7 @@ from flows.continuation import Wanted, check_continuation
 from flows.policy import named, run_now
 from flows.workplace import here
 from storage.lines import Entry, Fold, Line
-from storage.refs import CheckpointRef, ScoresRef, UpdateRef
+from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
 from storage.registry import ModelVersion
 from tasks.evaluate import Summary, leading, summarise
 
@@ -88,7 +88,8 @@ def count_steps(config: ChainConfig) -> int:
     """How many steps a first run of the chain has, for its progress bar."""
     per_task = 4  # tune, extract, compress, evaluate alone
     per_merge = 5  # merge, commit, write, evaluate, register
-    return 2 + len(config.tasks) * (per_task + per_merge * len(config.lines))
+    searches = sum(line.search is not None for line in config.lines)
+    return 2 + len(config.tasks) * (per_task + per_merge * len(config.lines) + searches)
 
 
 def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
@@ -126,10 +127,13 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
         state = run_now(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.recipe, one.task.weight)
         if number == len(entries):
             label = f"{line.name}: commit {name}"
-            folded = Fold(name, one.update, state, one.task.weight)
+            factor = _factor(line, base, state, prepared[: number + 1])
+            folded = Fold(name, one.update, state, one.task.weight, factor)
             head = run_now(steps.commit, label, line.name, head, folded)
             entries.append(head)
-        model = run_now(steps.materialize, f"{line.name}: write {name}", base, state)
+        factor = entries[number].factor  # the journal's, also where the search would choose another one by now
+        written = (base, state) if factor == 1 else (base, state, factor)
+        model = run_now(steps.materialize, f"{line.name}: write {name}", *written)
         seen = [task.task for task in prepared[: number + 1]]
         scores = run_now(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, base)
         matrix.append(leading(here().store.open(scores)))
@@ -142,3 +146,12 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
         version = run_now(steps.register, label, config.name, line.name, so_far, model, scores, summary)
         grown.steps.append(Step(entries[number], model, scores, summary, version))
     return grown
+
+
+def _factor(line: LineConfig, base: CheckpointRef, state: StateRef, prepared: list[Prepared]) -> float:
+    """How much of the merged delta to write, if the line searches for it."""
+    if line.search is None:
+        return 1.0
+    seen = [one.task for one in prepared]
+    scores = run_now(steps.search, f"{line.name}: search {seen[-1].name}", base, state, seen, line.search)
+    return float(here().store.open(scores).manifest.facts["factor"])

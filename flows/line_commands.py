@@ -131,7 +131,7 @@ def line_rebuild(
 ) -> None:
     """Merge the updates of a line again: without a bad one, in another order, or by another method.
 
-    The journal gets one new entry; the old ones stay, for a rollback.
+    The journal gets one new entry; the old ones stay, for a rollback. Factors of a search are not searched again.
 
     States that stay the same are not computed again.
 

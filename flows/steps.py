@@ -14,6 +14,7 @@ import tasks.ingest
 import tasks.materialize
 import tasks.merge
 import tasks.register
+import tasks.search
 from configs.chain import AnyBase, Task
 from flows import progress
 from flows.policy import always, cached, label, once
@@ -27,6 +28,7 @@ from tasks.evaluate import Summary
 from tasks.extract import Extract
 from tasks.ingest import Checkpoint
 from tasks.recipe import Recipe
+from tasks.search import Search
 from tasks.suites import AnySuite
 from tasks.tuners import AnyTuner
 
@@ -79,12 +81,21 @@ def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, recipe:
     )
 
 
+@once(version=1)
+def search(base: CheckpointRef, state: StateRef, seen: list[Task], spec: Search) -> ScoresRef:
+    place = here()
+    settings = place.settings
+    return tasks.search.choose_factor(
+        base, state, seen, spec, place.store, settings.device, budget=settings.budget, report=_report()
+    )
+
+
 @once(version=2)
-def materialize(base: CheckpointRef, state: StateRef) -> CheckpointRef:
+def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> CheckpointRef:
     place = here()
     settings = place.settings
     return tasks.materialize.materialize(
-        base, state, place.store, settings.device, budget=settings.budget, report=_report()
+        base, state, place.store, settings.device, factor=factor, budget=settings.budget, report=_report()
     )
 
 
@@ -95,7 +106,8 @@ def evaluate(model: CheckpointRef, seen: list[Task], base: CheckpointRef) -> Sco
 
 @always
 def commit(line: str, after: Entry, folded: Fold) -> Entry:
-    return Line(here().store.objects, line).fold(after, folded.task, folded.update, folded.state, folded.weight)
+    journal = Line(here().store.objects, line)
+    return journal.fold(after, folded.task, folded.update, folded.state, folded.weight, folded.factor)
 
 
 @always
@@ -124,5 +136,5 @@ def head_model(line: str) -> CheckpointRef:
         raise InvalidInput(f"line {line!r} has no merges yet", remedy="Run the chain that grows it")
     place = here()
     return tasks.materialize.materialize(
-        head.base, head.state, place.store, place.settings.device, budget=place.settings.budget
+        head.base, head.state, place.store, place.settings.device, factor=head.factor, budget=place.settings.budget
     )

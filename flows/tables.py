@@ -44,6 +44,8 @@ def journal_table(title: str, entries: list[Entry]) -> Table:
         refs = [short(ref, 8) if ref else "" for ref in (entry.update, entry.state)]
         when = entry.at[:16].replace("T", " ")
         tasks = ", ".join(weighted(one.task, one.weight) for one in entry.folds or [entry])
+        if entry.factor != 1:
+            tasks += f", written x{entry.factor:g}"
         if entry.action == "rebuild" or dict(entry.merger) != before:
             tasks = f"{tasks} by {recipe_name(entry.merger)}".strip()
         before = dict(entry.merger)

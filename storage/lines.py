@@ -30,20 +30,22 @@ _COMPOSED = ("sparsify", "scaling")  # what a recipe has beside the settings of 
 
 @dataclass(frozen=True)
 class Fold:
-    """One update's place in a line: `state` is what merging `update` gave, `weight` how much it counted."""
+    """One update's place in a line: `state` is what merging `update` gave, `weight` how much it counted, `factor` how
+    much of the merged delta is written as a model."""
 
     task: str
     update: UpdateRef
     state: StateRef
     weight: float = 1.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Entry:
     """One event of a line. `step` is the number of updates in `state`; `open` entries have neither.
 
-    `task`, `update` and `weight` are of the update merged last. A `rebuild` lists all that it merged in `folds`,
-    oldest first. `merger` is the recipe of the state, as it is given to whoever merges next.
+    `task`, `update`, `weight` and `factor` are of the update merged last. A `rebuild` lists all that it merged in
+    `folds`, oldest first. `merger` is the recipe of the state, as it is given to whoever merges next.
     """
 
     number: int
@@ -57,13 +59,14 @@ class Entry:
     why: str = ""
     at: str = ""
     weight: float = 1.0
+    factor: float = 1.0
     folds: tuple[Fold, ...] = ()
 
     @property
     def fold(self) -> Fold:
         """What this entry merged last."""
         assert self.update is not None and self.state is not None
-        return Fold(self.task, self.update, self.state, self.weight)
+        return Fold(self.task, self.update, self.state, self.weight, self.factor)
 
 
 class Line:
@@ -116,16 +119,25 @@ class Line:
         assert found is not None
         return found
 
-    def fold(self, after: Entry, task: str, update: UpdateRef, state: StateRef, weight: float = 1.0) -> Entry:
+    def fold(
+        self,
+        after: Entry,
+        task: str,
+        update: UpdateRef,
+        state: StateRef,
+        weight: float = 1.0,
+        factor: float = 1.0,
+    ) -> Entry:
         """Append the merge of `update` onto entry `after`. Conflict if another entry came first."""
         number, step = after.number + 1, after.step + 1
-        return self._commit(Entry(number, "fold", after.base, after.merger, step, task, update, state, weight=weight))
+        merged = Entry(number, "fold", after.base, after.merger, step, task, update, state)
+        return self._commit(replace(merged, weight=weight, factor=factor))
 
     def rollback(self, to: Entry, why: str, after: Entry | None = None) -> Entry:
         """Append an entry whose state is that of the older entry `to`. Conflict if one came after entry `after`."""
         number = (after or self.head()).number + 1
         back = Entry(number, "rollback", to.base, to.merger, to.step, to.task, to.update, to.state, why)
-        return self._commit(replace(back, weight=to.weight))
+        return self._commit(replace(back, weight=to.weight, factor=to.factor))
 
     def rebuild(self, after: Entry, merger: Mapping[str, Any], folds: Sequence[Fold], why: str = "") -> Entry:
         """Append an entry that takes the place of all merges before it: `folds`, by `merger`, onto the base.
@@ -136,7 +148,7 @@ class Line:
             raise InvalidInput(f"line {self.name!r}: a rebuild needs at least one update")
         last = folds[-1]
         rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
-        return self._commit(replace(rebuilt, why=why, weight=last.weight, folds=tuple(folds)))
+        return self._commit(replace(rebuilt, why=why, weight=last.weight, factor=last.factor, folds=tuple(folds)))
 
     def history(self) -> list[Entry]:
         """The folds that made the head's state, oldest first: the journal with what was taken back left out.
@@ -189,7 +201,7 @@ class Line:
         try:
             values = json.loads(data)
             folds = tuple(Fold(**one) for one in values.get("folds", ()))
-            found = Entry(**{**values, "folds": folds})  # entries of earlier versions have neither weight nor folds
+            found = Entry(**{**values, "folds": folds})  # entries of earlier versions lack the last three
         except (ValueError, TypeError, AttributeError) as error:
             raise Damaged(f"{self._key(number)} is not a journal entry: {error}") from error
         if found.action not in _ACTIONS:
@@ -235,5 +247,6 @@ def _replayed(entry: Entry) -> Iterator[Entry]:
             update=one.update,
             state=one.state,
             weight=one.weight,
+            factor=one.factor,
             folds=(),
         )

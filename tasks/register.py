@@ -47,6 +47,8 @@ def register(
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
     }
+    if entry.factor != 1:
+        tags["factor"] = f"{entry.factor:g}"
     numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
     stages = _stages(store, entry, model, scores)
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
@@ -58,7 +60,8 @@ def register(
 def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry]) -> str:
     """The content key of a registered step: the line, its store, and the state that was reached."""
     entry = entries[-1]
-    return digest(canonical([store.url, line, entry.number, entry.state]))
+    scaled = [] if entry.factor == 1 else [entry.factor]
+    return digest(canonical([store.url, line, entry.number, entry.state, *scaled]))
 
 
 def _describe(entries: Sequence[Entry], summary: Summary) -> str:

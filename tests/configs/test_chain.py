@@ -14,6 +14,7 @@ from configs.chain import PRESETS, dump_chain, load_chain, parse_chain, presets
 from configs.settings import Settings
 from storage.errors import InvalidInput
 from tasks.mergers import Opcm
+from tasks.search import Search
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +34,18 @@ def test_all_presets_are_there() -> None:
 
 def test_the_readmes_chain_is_valid() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    config = parse_chain(yaml.safe_load(blocks[0]))
+    chain, lines = (yaml.safe_load(block) for block in blocks)
+    config = parse_chain(chain)
     assert isinstance(config.lines[0].merger, Opcm)
+    several = parse_chain({**chain, **lines})
+    assert several.lines[-1].search == Search(factors=(0.5, 1.0, 1.5, 2.0))
+
+
+def test_a_wrong_field_of_a_search_is_named() -> None:
+    values = dump_chain(load_chain("smoke"))
+    values["lines"][0]["search"] = {"factor": [1.0]}
+    with pytest.raises(InvalidInput, match=r"search.factor: .*did you mean factors\?.*fields: name, version, factors"):
+        parse_chain(values)
 
 
 def smoke() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from configs.chain import ChainConfig, load_chain
 from flows import progress, steps
-from flows.chain import Outcome, chain
+from flows.chain import Outcome, chain, count_steps
 from flows.workplace import here
 from storage.errors import Conflict, Missing
 from storage.lines import Line
@@ -27,6 +27,7 @@ from tasks.evaluate import leading
 from tasks.export import export
 from tasks.mergers import Average, Opcm
 from tasks.recipe import Recipe
+from tasks.search import Search
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -144,6 +145,31 @@ def test_a_new_task_extends_the_line(count: Count) -> None:
     line = Line(here().store.objects, config.lines[0].name)
     assert [entry.task for entry in line.history()] == ["rot90", "invert", "permute"]
     assert longer.lines[0].last.version.version == 3
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_a_search_chooses_how_much_is_written(tmp_path: Path, count: Count) -> None:
+    """The factor of every step is in the journal, and what is exported is what was evaluated."""
+    config = short_chain()
+    line = replace(config.lines[0], merger=Average(), search=Search(factors=(0.5, 1.0, 3.0), samples=50))
+    config = replace(config, lines=(line,))
+    outcome = chain(config)
+    assert len(count.labels) == count_steps(config)
+    store = here().store
+    searches = {
+        str(one.manifest.lineage.inputs["state"]): one.manifest.facts
+        for one in (store.open(ref) for ref in store.refs("scores"))
+        if one.manifest.lineage.step == "search"
+    }
+    for step in outcome.lines[0].steps:
+        facts = searches[str(step.entry.state)]
+        assert step.entry.factor == facts["factor"]
+        assert max(facts["means"].values()) == facts["means"][f"{step.entry.factor:g}"]
+    last = outcome.lines[0].last
+    assert last.entry.factor != 1
+    assert steps.head_model(line.name) == last.model
+    again = chain(replace(config, lines=(replace(line, search=Search(factors=(1.0,))),)))
+    assert refs(again) == refs(outcome), "what is merged keeps its factor"
 
 
 @pytest.mark.usefixtures("home", "count")
