@@ -58,7 +58,9 @@ class LineConfig:
     """One merged model: the name of its line and of its registered model, and how updates enter it.
 
     `sparsify` thins each update before it is merged, `scaling` sets the size of the merged delta. `search` chooses
-    after every merge how much of that delta is written, on examples that the tasks were trained on.
+    after every merge how much of that delta is written, on examples that the tasks were trained on. It is no part of
+    the recipe: states do not depend on it, and a merge in the line's journal keeps its factor when the search changes.
+    `deltaworks line rollback NAME 0` before the next run lets that search for all factors again, and merge nothing.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

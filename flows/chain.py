@@ -126,10 +126,10 @@ def _grow(config: ChainConfig, line: LineConfig, base: CheckpointRef, prepared: 
         held = before.state if before else None
         state = run_now(steps.fold, f"{line.name}: merge {name}", base, held, one.update, line.recipe, one.task.weight)
         if number == len(entries):
-            label = f"{line.name}: commit {name}"
+            # before the commit: a merge that was interrupted in its search is then done again, factor and all
             factor = _factor(line, base, state, prepared[: number + 1])
             folded = Fold(name, one.update, state, one.task.weight, factor)
-            head = run_now(steps.commit, label, line.name, head, folded)
+            head = run_now(steps.commit, f"{line.name}: commit {name}", line.name, head, folded)
             entries.append(head)
         factor = entries[number].factor  # the journal's, also where the search would choose another one by now
         written = (base, state) if factor == 1 else (base, state, factor)

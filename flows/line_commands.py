@@ -56,6 +56,8 @@ def line_show(name: Name) -> None:
         for entry in line.history():
             task = weighted(entry.task, entry.weight)
             console.print(f"{entry.step:>4}  {task:<16} {entry.update}", soft_wrap=True)
+        if head.factor != 1:
+            console.print(f"factor  {head.factor:g} of the merged delta is written, as a search chose", soft_wrap=True)
 
 
 @line_app.command("rollback")
@@ -83,7 +85,8 @@ def line_rollback(
         line = Line(open_workplace().store.objects, name)
         head = line.head()  # before the history is read: a merge that comes in between makes the commit fail
         to = _target(line, head, step, entry)
-        if (to.state, to.step, dict(to.merger)) == (head.state, head.step, dict(head.merger)):
+        there, now = ((one.state, one.factor, one.step, dict(one.merger)) for one in (to, head))
+        if there == now:
             console.print(f"nothing to do: line {name} is at that state")
             return
         back = line.rollback(to, why, after=head)
@@ -131,9 +134,9 @@ def line_rebuild(
 ) -> None:
     """Merge the updates of a line again: without a bad one, in another order, or by another method.
 
-    The journal gets one new entry; the old ones stay, for a rollback. Factors of a search are not searched again.
+    The journal gets one new entry; the old ones stay, for a rollback.
 
-    States that stay the same are not computed again.
+    States that stay the same are not computed again, and keep the factor that a search chose; new ones have 1.
 
     UPDATE is a task, a step of the line as it is now, or the beginning of a ref.
 

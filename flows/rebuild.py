@@ -17,14 +17,18 @@ from storage.refs import StateRef
 
 @flow(name="rebuild", flow_run_name="{plan.line}", validate_parameters=False)
 def rebuild(plan: Plan) -> Entry:
-    """Fold the updates of the plan onto the base, then commit. Until then the line has its old head."""
+    """Fold the updates of the plan onto the base, then commit. Until then the line has its old head.
+
+    States that the line has already keep their factor; a rebuild knows no examples to search one for the new states.
+    """
     state: StateRef | None = None
+    factors = {one.state: one.factor for one in plan.held}
     folds: list[Fold] = []
     for one in plan.folds:
         label = f"{plan.line}: merge {one.task}"
         state = run_now(steps.fold, label, plan.head.base, state, one.update, plan.recipe, one.weight)
         assert one.update is not None and state is not None
-        folds.append(Fold(one.task, one.update, state, one.weight))
+        folds.append(Fold(one.task, one.update, state, one.weight, factors.get(state, 1.0)))
     label = f"{plan.line}: commit {len(folds)} updates"
     entry: Entry = run_now(steps.commit_rebuild, label, plan.line, plan.head, plan.recipe, folds, plan.why)
     return entry
@@ -52,13 +56,13 @@ def launch_rebuild(plan: Plan, console: Console, quiet: bool) -> Entry:
         return entry
     console.print(journal_table(f"{plan.line}, entry {entry.number}", [entry]))
     console.print(f"{board.done} steps done, {board.reused_steps} found done")
-    for text in next_steps(plan):
+    for text in next_steps(plan, entry):
         console.print(text, soft_wrap=True)
     return entry
 
 
-def next_steps(plan: Plan) -> list[str]:
-    """What a person may want after a rebuild."""
+def next_steps(plan: Plan, entry: Entry) -> list[str]:
+    """What a person may want after a rebuild that gave `entry`."""
     command = called()
     found = [f"next: {command} export {plan.line} ./model    writes the model as a folder for from_pretrained"]
     tasks = ", ".join(one.task for one in plan.folds)
@@ -71,5 +75,9 @@ def next_steps(plan: Plan) -> list[str]:
         changes.append("these weights")
     if changes:
         found.append(f"      and {' and '.join(changes)} in its config")
+    states = {one.state for one in plan.held}
+    if any(one.factor != 1 for one in plan.held) and any(one.state not in states for one in entry.folds):
+        found.append("note: the new merges are written with factor 1. To search for theirs, run that chain after")
+        found.append(f"      {command} line rollback {plan.line} 0 --why ...    what was merged is found done")
     found.append(f"back: {command} line rollback {plan.line} --entry {plan.head.number} --why ...")
     return found

@@ -34,6 +34,8 @@ def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     table.add_row("average", _percent(_mean(base)), _percent(_mean(alone)), *means, style="bold")
     forgot = [_percent(step.summary.forgetting) for step in line.steps]
     table.add_row("forgetting", "", "", *forgot)
+    if any(step.entry.factor != 1 for step in line.steps):
+        table.add_row("factor", "", "", *(f"{step.entry.factor:g}" for step in line.steps))
     return table
 
 
@@ -58,15 +60,18 @@ def _row(line: str, step: int, merged: str, task: str, accuracy: float) -> dict[
 
 
 def comparison_table(outcome: Outcome) -> Table:
-    """One row per line, the best first."""
+    """One row per line, the best first; with the factors of the newest merges if any is not 1."""
     table = _table("the merged models, in %")
-    for column in ("line", "merger", "average", "worst", "of alone", "forgetting", "version"):
+    searched = any(line.last.entry.factor != 1 for line in outcome.lines)
+    columns = ["line", "merger", *["factor"] * searched, "average", "worst", "of alone", "forgetting", "version"]
+    for column in columns:
         table.add_column(column, justify="left" if column in ("line", "merger") else "right", no_wrap=column == "line")
     for line in sorted(outcome.lines, key=lambda one: -one.last.summary.average):
         summary, last = line.last.summary, line.last
         table.add_row(
             line.name,
             recipe_name(last.entry.merger),
+            *[f"{last.entry.factor:g}"] * searched,
             _percent(summary.average),
             _percent(summary.worst),
             _percent(summary.normalised),

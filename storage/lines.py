@@ -154,25 +154,27 @@ class Line:
         """The folds that made the head's state, oldest first: the journal with what was taken back left out.
 
         What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
-        there before: they keep the entry that made them.
+        there before: they keep the entry that made them. A state may have been committed with several factors; what a
+        rollback goes back to has the factor that the rollback names.
         """
         kept: list[Entry] = []
-        made: dict[StateRef | None, list[Entry]] = {None: kept}  # a rollback may also go back to what was rolled back
+        # a rollback may also go back to what was rolled back
+        made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
         for entry in self.entries():
             if entry.action == "fold":
-                kept = made[entry.state] = [*kept, entry]
+                kept = made[entry.state, entry.factor] = [*kept, entry]
             elif entry.action == "rebuild":
                 kept = []
                 for one in _replayed(entry):
-                    known = made.get(one.state, [])
+                    known = made.get((one.state, one.factor), [])
                     same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
-                    kept = made[one.state] = known if same else [*kept, one]
+                    kept = made[one.state, one.factor] = known if same else [*kept, one]
             elif entry.action == "rollback":
-                if entry.state not in made:
+                if (entry.state, entry.factor) not in made:
                     raise Damaged(
                         f"{self._key(entry.number)} goes back to {entry.state}, which no entry before it made"
                     )
-                kept = made[entry.state]
+                kept = made[entry.state, entry.factor]
         return kept
 
     def _commit(self, entry: Entry) -> Entry:

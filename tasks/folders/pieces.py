@@ -13,7 +13,7 @@ from tasks.folders.names import Parameter
 from tasks.folders.reader import Weights
 from tasks.tensors import check_finite
 
-PIECE = 1 << 18  # entries read at once: a few float32 tensors of them fit the caches of a core
+PIECE = 1 << 19  # entries read at once: a few float32 tensors of them fit the caches of a core
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Sce(Joint):
 
         varying = total = 0
         for one in variances():
-            varying += int(one.count_nonzero())
+            varying += int(one.sign().sum())
             total += one.numel()
         count = int(torch.tensor(varying) * self.select_topk)  # in float32, as both implementations round it
         if self.variant == "paper":

@@ -83,7 +83,7 @@ class Ties(Sequential):
             "positive": share.clamp(min=0),
             "negative": share.clamp(max=0),
             "positive_count": _count(sign, weight),
-            "negative_count": _count(-sign, weight),
+            "negative_count": _count(sign.neg_(), weight),
         }
         if state is not None:
             parts = {key: _added(part, state[key]) for key, part in parts.items()}
@@ -100,15 +100,16 @@ class Ties(Sequential):
         # products with signs and not `where`: these are vectorised, and exact all the same
         sign = (state["positive"] + state["negative"]).sign()
         tie = facts["majority"] if self.tie == "majority" else 1.0
-        if tie:
-            sign = sign + (1 - sign.abs()) * tie
-        up, down = sign.clamp(min=0), (-sign).clamp(min=0)
-        chosen = state["positive"] * up + state["negative"] * down
+        up, down = sign.clamp(min=0), sign.clamp(max=0).neg_()
+        if tie > 0:
+            up = 1 - down
+        elif tie < 0:
+            down = 1 - up
+        chosen = (state["positive"] * up).add_(state["negative"] * down)
         if self.aggregate == "mean":
-            agreed, opposed = (state[key].to(up.dtype) for key in ("positive_count", "negative_count"))
-            count = agreed * up + opposed * down
-            chosen = chosen / count.clamp(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
-        return chosen * self.scale
+            count = (state["positive_count"] * up).add_(state["negative_count"] * down)
+            chosen /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
+        return chosen if self.scale == 1 else chosen * self.scale
 
     def workspace(self) -> float:
         """Parts before, after and as they are written, the update, and what it is trimmed with."""
@@ -135,9 +136,9 @@ def sign_of(number: float) -> float:
 
 
 def _count(sign: Tensor, weight: float) -> Tensor:
-    """1, or the update's weight, for the entries that agree. Integers as long as all weights are 1."""
+    """The update's weight for the entries that agree. Exact up to 2^24 updates of weight 1."""
     agreeing = sign.clamp(min=0)
-    return agreeing.int() if weight == 1 else agreeing * weight
+    return agreeing if weight == 1 else agreeing * weight
 
 
 def _added(ours: Tensor, other: Tensor) -> Tensor:

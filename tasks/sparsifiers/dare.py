@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from tasks.choice import require
@@ -44,5 +45,5 @@ class Dare(Sparsifier):
 
     def rescaled(self, delta: Tensor, kept: Tensor) -> Tensor:
         """The kept entries of `delta` (booleans of its shape), rescaled; the others zero."""
-        thinned = delta * kept
+        thinned = delta * kept.view(torch.uint8).to(delta.dtype)  # as booleans they would be multiplied one by one
         return thinned.div_(self.density) if self.rescale == "expectation" else with_l1_of(delta, thinned)

@@ -8,15 +8,20 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
+from rich.table import Table
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from configs.chain import ChainConfig, load_chain
 from flows import progress, steps
 from flows.chain import Outcome, chain, count_steps
+from flows.report import accuracy_table, comparison_table
 from flows.workplace import here
 from storage.errors import Conflict, Missing
 from storage.lines import Line
@@ -25,9 +30,11 @@ from storage.verify import verify
 from tasks.codecs import Ternary
 from tasks.evaluate import leading
 from tasks.export import export
+from tasks.materialize import materialize
 from tasks.mergers import Average, Opcm
 from tasks.recipe import Recipe
 from tasks.search import Search
+from tasks.tensors import read_tensor
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -147,29 +154,92 @@ def test_a_new_task_extends_the_line(count: Count) -> None:
     assert longer.lines[0].last.version.version == 3
 
 
-@pytest.mark.usefixtures("home", "count")
+def searching(*factors: float) -> ChainConfig:
+    """Two tasks into one line that searches among these factors."""
+    config = short_chain()
+    line = replace(config.lines[0], merger=Average(), search=Search(factors=factors, samples=50))
+    return replace(config, lines=(line,))
+
+
+def cells(table: Table, header: str) -> list[Any]:
+    return next(list(column.cells) for column in table.columns if column.header == header)
+
+
+@pytest.mark.usefixtures("home")
 def test_a_search_chooses_how_much_is_written(tmp_path: Path, count: Count) -> None:
     """The factor of every step is in the journal, and what is exported is what was evaluated."""
-    config = short_chain()
-    line = replace(config.lines[0], merger=Average(), search=Search(factors=(0.5, 1.0, 3.0), samples=50))
-    config = replace(config, lines=(line,))
+    config = searching(0.5, 1.0, 3.0)
     outcome = chain(config)
     assert len(count.labels) == count_steps(config)
-    store = here().store
+    grown, store = outcome.lines[0], here().store
     searches = {
         str(one.manifest.lineage.inputs["state"]): one.manifest.facts
         for one in (store.open(ref) for ref in store.refs("scores"))
         if one.manifest.lineage.step == "search"
     }
-    for step in outcome.lines[0].steps:
+    for step in grown.steps:
         facts = searches[str(step.entry.state)]
         assert step.entry.factor == facts["factor"]
         assert max(facts["means"].values()) == facts["means"][f"{step.entry.factor:g}"]
-    last = outcome.lines[0].last
+    last = grown.last
     assert last.entry.factor != 1
-    assert steps.head_model(line.name) == last.model
-    again = chain(replace(config, lines=(replace(line, search=Search(factors=(1.0,))),)))
-    assert refs(again) == refs(outcome), "what is merged keeps its factor"
+    assert last.entry == Line(store.objects, grown.name).head()
+
+    export(steps.head_model(grown.name), tmp_path / "model", store)
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    base, evaluated, unscaled = map(
+        store.open, (outcome.base, last.model, materialize(outcome.base, last.entry.state, store))
+    )
+    moved = 0
+    for name in evaluated.names:
+        at_base, found, plain = (read_tensor(one, name) for one in (base, evaluated, unscaled))
+        assert torch.equal(written[name], found)
+        torch.testing.assert_close(found - at_base, last.entry.factor * (plain - at_base), rtol=0, atol=1e-6)
+        moved += not torch.equal(found, plain)
+    assert moved
+
+    version = MlflowClient(here().settings.tracking).get_model_version_by_alias(grown.name, "head")
+    assert (version.source, version.tags["factor"]) == (store.address(last.model), f"{last.entry.factor:g}")
+    assert cells(comparison_table(outcome), "factor") == [f"{last.entry.factor:g}"]
+    assert cells(accuracy_table(outcome, grown), f"+{last.entry.task}")[-1] == f"{last.entry.factor:g}"
+    assert not verify(store, store.refs()).findings
+
+    done = len(count.labels)
+    again = chain(config)
+    assert count.labels[done:] == []
+    assert refs(again) == refs(outcome)
+
+
+@pytest.mark.usefixtures("home")
+def test_what_is_merged_keeps_its_factor_until_it_is_rolled_back(count: Count) -> None:
+    """A search that came later, or changed, is for later merges; from step 0 it is done for all, and nothing merged."""
+    plain = replace(config := searching(3.0), lines=(replace(config.lines[0], search=None),))
+    first = chain(plain)
+    done = len(count.labels)
+    assert refs(chain(config)) == refs(first)
+    assert count.labels[done:] == []
+    line = Line(here().store.objects, config.lines[0].name)
+    line.rollback(next(line.entries()), "search for all")
+    searched = chain(config)
+    kinds = {label.split()[1] for label in count.labels[done:]}
+    assert kinds == {"search", "commit", "write", "evaluate", "register"}
+    assert [entry.factor for entry in line.history()] == [3.0, 3.0]
+    assert [step.entry.state for step in searched.lines[0].steps] == [step.entry.state for step in first.lines[0].steps]
+    assert searched.lines[0].last.model != first.lines[0].last.model
+    for other in (plain, searching(2.0)):
+        assert refs(chain(other)) == refs(searched)
+
+    task = load_chain("smoke").tasks[2]
+    longer = chain(replace(searching(2.0), tasks=(*config.tasks, task)))
+    assert [step.entry.factor for step in longer.lines[0].steps] == [3.0, 3.0, 2.0]
+
+
+@pytest.mark.usefixtures("home", "count")
+def test_a_search_that_finds_one_is_as_if_there_were_none() -> None:
+    plain = replace(config := searching(1.0), lines=(replace(config.lines[0], name="plain", search=None),))
+    outcome = chain(replace(config, lines=(*plain.lines, *config.lines)))
+    assert refs(replace(outcome, lines=outcome.lines[:1])) == refs(replace(outcome, lines=outcome.lines[1:]))
+    assert "factor" not in {column.header for column in comparison_table(outcome).columns}
 
 
 @pytest.mark.usefixtures("home", "count")

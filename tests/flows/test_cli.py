@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoModel
 
 from configs.chain import PRESETS
+from storage.lines import Line
 from storage.objects import DirectoryObjects
 
 COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
@@ -129,6 +131,18 @@ def test_roll_back_and_forth(home: Path) -> None:
     empty = deltaworks(home, "line", "rollback", "smoke-opcm", "0", "--why", "everything")
     assert empty.returncode == 0 and "export" not in empty.stdout
     assert "nothing merged yet" in deltaworks(home, "line", "show", "smoke-opcm").stdout
+
+
+def test_the_same_state_with_another_factor_is_another_place(home: Path) -> None:
+    line = Line(DirectoryObjects(home / "store"), "smoke-opcm")
+    folds = [entry.fold for entry in line.history()]
+    line.rebuild(line.head(), line.head().merger, [*folds[:-1], replace(folds[-1], factor=1.5)])
+    assert "factor  1.5 of the merged delta" in deltaworks(home, "line", "show", "smoke-opcm").stdout
+    assert "written x1.5" in " ".join(deltaworks(home, "line", "log", "smoke-opcm", COLUMNS="200").stdout.split())
+    back = deltaworks(home, "line", "rollback", "smoke-opcm", "--entry", "3", "--why", "too much")
+    assert (back.returncode, back.stdout.startswith("nothing to do")) == (0, False)
+    assert line.head().factor == 1
+    assert "factor" not in deltaworks(home, "line", "show", "smoke-opcm").stdout
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -257,10 +258,11 @@ def test_tables_say_what_changes(line: Line, store: ArtifactStore) -> None:
     assert columns["state"][0].startswith("found: state/")  # type: ignore[union-attr]
     assert columns["state"][1:] == ["to be merged", "to be merged", "left out"]
 
+    again = [one.fold for one in line.history()[:2]]
     line.rebuild(
-        line.head(), Recipe(Ties(), Dare()).spec(), [one.fold for one in line.history()[:2]], "[odd] [/] reason"
+        line.head(), Recipe(Ties(), Dare()).spec(), [again[0], replace(again[1], factor=1.5)], "[odd] [/] reason"
     )
     entries: list[Entry] = list(line.entries())
     log = {column.header: list(column.cells) for column in journal_table("line main", entries).columns}
-    assert log["task"] == ["by average", "a", "b x2", "c", "1", "a, b x2 by ties (dare)"]
+    assert log["task"] == ["by average", "a", "b x2", "c", "1", "a, b x2, written x1.5 by ties (dare)"]
     assert log["why"][-1] == r"\[odd] \[/] reason"

@@ -20,7 +20,7 @@ from configs.chain import ChainConfig, LineConfig, load_chain
 from flows import progress
 from flows.chain import chain
 from flows.plan import Plan, plan_rebuild
-from flows.rebuild import found_done, rebuild
+from flows.rebuild import found_done, next_steps, rebuild
 from flows.report import comparison_table
 from flows.tables import show_artifact
 from flows.workplace import here
@@ -173,6 +173,26 @@ def test_going_back_before_a_rebuild_is_a_new_version(line: Line, count: Count) 
     assert again.lines[0].last.version.version == newest + 2
     assert again.lines[0].beyond == ()
     assert chain(config("rot90", "invert")).lines[0].beyond == ("permute",)
+
+
+def test_what_stays_keeps_its_factor_and_what_is_new_has_none_searched(line: Line, count: Count) -> None:
+    before = line.history()
+    unsearched = plan(line, drop=["invert"])
+    assert "factor" not in "".join(next_steps(unsearched, rebuild(unsearched)))
+    line.rollback(next(line.entries()), "search")
+    for entry in before:
+        assert entry.update is not None and entry.state is not None
+        line.fold(line.head(), entry.task, entry.update, entry.state, 1.0, 2.0)
+    shorter = plan(line, drop=["permute"])
+    made = rebuild(shorter)
+    assert [one.factor for one in made.folds] == [2.0, 2.0]
+    assert made.factor == 2.0
+    assert "factor" not in "".join(next_steps(shorter, made))
+    other = plan(line, order=["invert", "rot90"])
+    made = rebuild(other)
+    assert [one.factor for one in made.folds] == [1.0, 1.0]
+    assert "written with factor 1" in (told := "\n".join(next_steps(other, made)))
+    assert "line rollback smoke-opcm 0 --why" in told
 
 
 def test_a_chain_with_the_new_merger_goes_on_and_one_with_the_old_is_told(line: Line, count: Count) -> None:

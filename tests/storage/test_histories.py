@@ -20,11 +20,12 @@ from tests.storage.test_lines import BASE, MERGER, TIES, ref, state_of
 Spec = Mapping[str, Any]
 tasks = st.sampled_from("abcde")
 weights = st.sampled_from([1.0, 0.5])
+factors = st.sampled_from([1.0, 2.0])
 mergers = st.sampled_from([MERGER, TIES])
 
 
-def folded(before: StateRef | None, task: str, weight: float, merger: Spec) -> Fold:
-    return Fold(task, UpdateRef(ref("update", task)), state_of(before, task, weight, merger), weight)
+def folded(before: StateRef | None, task: str, weight: float, merger: Spec, factor: float = 1.0) -> Fold:
+    return Fold(task, UpdateRef(ref("update", task)), state_of(before, task, weight, merger), weight, factor)
 
 
 class Journal(RuleBasedStateMachine):
@@ -36,11 +37,11 @@ class Journal(RuleBasedStateMachine):
         self.line.open(BASE, merger)
         self.model: list[tuple[tuple[Fold, ...], Spec]] = [((), merger)]
 
-    @rule(task=tasks, weight=weights)
-    def fold(self, task: str, weight: float) -> None:
+    @rule(task=tasks, weight=weights, factor=factors)
+    def fold(self, task: str, weight: float, factor: float) -> None:
         held, merger = self.model[-1]
-        new = folded(held[-1].state if held else None, task, weight, merger)
-        self.line.fold(self.line.head(), task, new.update, new.state, weight)
+        new = folded(held[-1].state if held else None, task, weight, merger, factor)
+        self.line.fold(self.line.head(), task, new.update, new.state, weight, factor)
         self.model.append(((*held, new), merger))
 
     @rule(data=st.data())
@@ -55,8 +56,9 @@ class Journal(RuleBasedStateMachine):
         held, merger = self.model[-1]
         step = data.draw(st.integers(0, len(held)))
         first = replace(next(self.line.entries()), merger=merger)
-        self.line.rollback(self.line.history()[step - 1] if step else first, "")
-        self.model.append((held[:step], merger))
+        to = self.line.history()[step - 1] if step else first
+        self.line.rollback(to, "")
+        self.model.append(((*held[: step - 1], to.fold) if step else (), merger))
 
     @precondition(lambda self: self.model[-1][0])
     @rule(data=st.data(), merger=mergers)
@@ -65,7 +67,8 @@ class Journal(RuleBasedStateMachine):
         chosen = data.draw(st.permutations(held))[: data.draw(st.integers(1, len(held)))]
         folds: list[Fold] = []
         for one in chosen:
-            folds.append(folded(folds[-1].state if folds else None, one.task, data.draw(weights), merger))
+            before = folds[-1].state if folds else None
+            folds.append(folded(before, one.task, data.draw(weights), merger, data.draw(factors)))
         self.line.rebuild(self.line.head(), merger, folds)
         self.model.append((tuple(folds), merger))
 
@@ -83,7 +86,10 @@ class Journal(RuleBasedStateMachine):
     def the_history_is_that_of_the_head(self) -> None:
         held, merger = self.model[-1]
         history, head = self.line.history(), self.line.head()
-        assert tuple(entry.fold for entry in history) == held
+        assert [replace(entry.fold, factor=1.0) for entry in history] == [replace(one, factor=1.0) for one in held]
+        # where a state was reached with several factors, those before it are of the newest time
+        assert head.factor == (held[-1].factor if held else 1.0)
+        assert not held or history[-1].factor == head.factor
         assert [entry.step for entry in history] == list(range(1, len(held) + 1))
         assert all(dict(entry.merger) == merger for entry in history)
         assert (head.number, head.step, dict(head.merger)) == (len(self.model) - 1, len(held), merger)

@@ -212,6 +212,39 @@ def test_weights_are_kept(line: Line) -> None:
     assert line.head().weight == 1.0
 
 
+def test_factors_are_kept(line: Line) -> None:
+    update, state = UpdateRef(ref("update", "a")), StateRef(ref("state", "a"))
+    first = line.fold(line.head(), "a", update, state, 1.0, 0.5)
+    second = line.fold(first, "b", UpdateRef(ref("update", "b")), StateRef(ref("state", "b")), 1.0, 2.0)
+    assert [entry.factor for entry in line.history()] == [0.5, 2.0]
+    assert line.rollback(first, "").factor == 0.5
+    assert line.rollback(second, "").factor == 2.0
+    assert [entry.fold for entry in line.history()] == [first.fold, second.fold]
+    line.rebuild(line.head(), MERGER, [first.fold])
+    assert line.head().factor == 0.5
+    assert [(entry.number, entry.factor) for entry in line.history()] == [(1, 0.5)], "nothing new, so the old entry"
+
+
+def test_one_state_with_two_factors_is_two_places_to_go_back_to(line: Line) -> None:
+    beginning = line.head()
+    update, state = UpdateRef(ref("update", "a")), StateRef(ref("state", "a"))
+    small = line.fold(beginning, "a", update, state, 1.0, 0.5)
+    line.rollback(beginning, "search again")
+    large = line.fold(line.head(), "a", update, state, 1.0, 2.0)
+    for wanted in (small, large, small):
+        assert line.rollback(wanted, "").factor == wanted.factor
+        assert line.history() == [wanted]
+    line.rebuild(line.head(), MERGER, [replace(small.fold, factor=3.0)])
+    assert [(entry.number, entry.factor) for entry in line.history()] == [(line.head().number, 3.0)]
+
+
+def test_another_factor_that_came_first_is_a_conflict(line: Line) -> None:
+    before, update, state = line.head(), UpdateRef(ref("update", "a")), StateRef(ref("state", "a"))
+    line.fold(before, "a", update, state, 1.0, 0.5)
+    with pytest.raises(Conflict, match="entry 1 already holds update/"):
+        line.fold(before, "a", update, state, 1.0, 2.0)
+
+
 def test_a_rebuilt_line_opens_with_the_merger_that_it_has_now(line: Line) -> None:
     fold(line, "a")
     rebuild(line, "a", TIES)
@@ -272,6 +305,12 @@ def test_entries_of_earlier_versions_are_read(line: Line, objects: MemoryObjects
     assert line.history()[0].fold == Fold("a", UpdateRef(update), StateRef(state), 1.0)
     rebuild(line, "ba")
     assert merged(line) == "ba"
+    lately = objects.get("line/main/00000002").replace(b'"factor":1.0,', b"")  # weights and rebuilds, but no factors
+    assert b"factor" not in lately
+    before = line.head()
+    objects.put("line/main/00000002", lately)
+    assert line.head() == before
+    assert [entry.factor for entry in line.history()] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
