@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tasks.parallel import Budget, Report
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of settings in glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # names of settings in glibc's malloc.h
 
 
 def merge(
@@ -135,8 +135,9 @@ def _keep_freed_memory() -> None:
     new tensor's pages with zeros first: a third of the time of a merge. Other libraries than glibc do not have it."""
     with suppress(AttributeError, OSError):
         tune = ctypes.CDLL(None).mallopt
-        tune(_TRIM_THRESHOLD, 1 << 30)
+        tune(_TRIM_THRESHOLD, 256 << 20)
         tune(_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        tune(_ARENA_MAX, 1)  # one pool for all threads: what one gave back, the other takes
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 Stream = Callable[[], Iterable[Tensor]]  # called once per pass
 Rank = int | Callable[[int], int]  # a rank, or a function that gives it from the number of elements
@@ -33,10 +32,10 @@ def kth_magnitude(stream: Stream, k: Rank) -> float:
     saves the pass that would count them. Tensors are float32 or float64, without NaN. Where both dtypes occur, all are
     compared as float64, which changes no value. Raises ValueError if k is beyond the number of elements.
     """
-    return _ranked(stream, k).value
+    return ranked(stream, k).value
 
 
-class _Ranked(NamedTuple):
+class Ranked(NamedTuple):
     """A magnitude, and how many elements are smaller and how many equal to it, if that came out by the way."""
 
     value: float
@@ -44,7 +43,8 @@ class _Ranked(NamedTuple):
     equal: int | None = None
 
 
-def _ranked(stream: Stream, k: Rank) -> _Ranked:
+def ranked(stream: Stream, k: Rank) -> Ranked:
+    """`kth_magnitude`, and what else was found out."""
     sample = _Sample()
     for tensor in stream():
         sample.add(tensor)
@@ -52,73 +52,18 @@ def _ranked(stream: Stream, k: Rank) -> _Ranked:
     if not 0 <= rank <= sample.seen:
         raise ValueError(f"k must be in 0..{sample.seen}, found {rank}")
     if rank == 0:
-        return _Ranked(0.0)
+        return Ranked(0.0)
     if sample.complete:
         return _among(sample.values, rank, 0)
     found = _between(stream, rank, sample.bracket(rank), sample.dtype)
-    return _Ranked(_by_digits(stream, rank)) if found is None else found
+    return Ranked(_by_digits(stream, rank)) if found is None else found
 
 
-def _among(magnitudes: Tensor, k: int, smaller: int) -> _Ranked:
+def _among(magnitudes: Tensor, k: int, smaller: int) -> Ranked:
     """The k-th of these, which `smaller` elements are below."""
     value = float(torch.kthvalue(magnitudes, k).values)
     below, equal = (int(torch.count_nonzero(one)) for one in (magnitudes < value, magnitudes == value))
-    return _Ranked(value, smaller + below, equal)
-
-
-class Cut(NamedTuple):
-    """Which entries of a stream are the largest: those above `bound`, and of those equal to it the ones whose place,
-    counted from 0 through the whole stream, is below `until`."""
-
-    bound: float
-    until: float
-
-
-def cut(stream: Stream, k: Rank) -> Cut:
-    """Where to cut so that exactly k entries stay, of equal magnitudes the earlier ones."""
-    rank = total = 0
-
-    def place(count: int) -> int:
-        nonlocal rank, total
-        rank, total = k(count) if callable(k) else k, count
-        return total - rank + 1 if 0 < rank < total else 0
-
-    bound, smaller, same = _ranked(stream, place)
-    if rank <= 0:
-        return Cut(math.inf, 0)
-    if bound == 0:
-        return Cut(0.0, math.inf)  # all, or so many that zeros are among them, which are zeros when left out
-    if smaller is None or same is None:
-        above = sum(int(torch.count_nonzero(hardshrink(tensor.flatten(), bound))) for tensor in stream())
-        wanted = rank - above
-    else:
-        wanted = rank - (total - smaller - same)
-        if wanted == same:
-            return Cut(bound, math.inf)
-    start = 0
-    for tensor in stream():
-        magnitude = tensor.flatten().abs()
-        here = _count_equal(magnitude, bound)
-        if wanted <= here:
-            return Cut(bound, start + int((magnitude == bound).nonzero()[wanted - 1]) + 1)
-        wanted -= here
-        start += tensor.numel()
-    raise AssertionError("the stream changed between two passes")
-
-
-def keep(delta: Tensor, bound: float, until: float = math.inf, start: int = 0) -> Tensor:
-    """The entries that a cut keeps, the others zero. `start`: the place of the first entry of `delta`."""
-    flat, edge = delta.flatten(), min(max(until - start, 0), delta.numel())
-    if bound == 0:
-        return delta
-    if bound == math.inf:
-        return torch.zeros_like(delta)
-    if edge == 0:
-        return hardshrink(delta, bound)
-    if edge == delta.numel():
-        return _from(delta, bound)
-    head, tail = flat[: int(edge)], flat[int(edge) :]
-    return torch.cat([_from(head, bound), hardshrink(tail, bound)]).reshape(delta.shape)
+    return Ranked(value, smaller + below, equal)
 
 
 def largest(tensor: Tensor, k: int) -> Tensor:
@@ -133,19 +78,11 @@ def largest(tensor: Tensor, k: int) -> Tensor:
     magnitude = tensor.abs()
     threshold = kth_magnitude(lambda: [tensor], tensor.numel() - k + 1)
     chosen = magnitude >= threshold
-    surplus = int(torch.count_nonzero(chosen)) - k
-    if surplus:
+    if surplus := int(torch.count_nonzero(chosen)) - k:
         equal = (magnitude == threshold).flatten()
         order = equal.cumsum(0)
         chosen &= ~(equal & (order > order[-1] - surplus)).reshape(tensor.shape)
     return chosen
-
-
-def _from(flat: Tensor, bound: float) -> Tensor:
-    """The entries of magnitude `bound` or more, the others zero. In one pass without booleans, which are slow."""
-    return hardshrink(
-        flat, float(torch.nextafter(torch.tensor(bound, dtype=flat.dtype), torch.zeros((), dtype=flat.dtype)))
-    )
 
 
 class _Bracket(NamedTuple):
@@ -220,45 +157,48 @@ def _spread(flat: Tensor, count: int) -> Tensor:
     return flat[torch.arange(count, device=flat.device) * step % total]
 
 
-def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -> _Ranked | None:
+def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -> Ranked | None:
     """The magnitude of this rank, if it is in the bracket and what is between its ends fits in the room; else None."""
     low, high, ties, room = bracket
     up_to_low = at_low = at_high = held = 0
-    inside: list[Tensor] = []
+    inside: Tensor | None = None  # one block of memory: many small ones among the pieces would scatter these
     for piece in _pieces(stream()):
         magnitude = piece.to(dtype).abs()
+        if inside is None:
+            inside = torch.empty(int(room) + 1, dtype=dtype, device=piece.device)
         above, between = _split(magnitude, low, high)
         up_to_low += magnitude.numel() - above
         if ties:
-            at_low += _count_equal(magnitude, low)
-            at_high += _count_equal(magnitude, high)
-        inside.append(between)
-        held += inside[-1].numel()
-        if held > room:
+            at_low += count_equal(magnitude, low)
+            at_high += count_equal(magnitude, high)
+        if held + between.numel() > room:
             return None
+        inside[held : held + between.numel()] = between
+        held += between.numel()
     place = rank - (up_to_low - at_low)
     if place < 1:
         return None
     if place <= at_low:
-        return _Ranked(low)
+        return Ranked(low)
     place -= at_low
-    if place <= held:
-        return _among(torch.cat(inside), place, up_to_low)
-    return _Ranked(high) if place - held <= at_high and low < high else None
+    if inside is not None and place <= held:
+        return _among(inside[:held], place, up_to_low)
+    return Ranked(high) if place - held <= at_high and low < high else None
 
 
 def _split(magnitude: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many are above `low`, and those that are below `high` too."""
     if magnitude.device.type != "cpu":
         above = magnitude > low
-        return int(torch.count_nonzero(above)), magnitude[above.logical_and_(magnitude < high)]
+        return int(torch.count_nonzero(above)), magnitude[above & (magnitude < high)]
     values = magnitude.numpy()  # its comparisons are vectorised, those of torch are not: a fifth of the time
     beyond = values > low
     count = int(np.count_nonzero(beyond))
     return count, torch.from_numpy(values[np.logical_and(beyond, values < high, out=beyond)])
 
 
-def _count_equal(magnitude: Tensor, value: float) -> int:
+def count_equal(magnitude: Tensor, value: float) -> int:
+    """How many of these are exactly `value`."""
     if magnitude.device.type != "cpu":
         return int(torch.count_nonzero(magnitude == value))
     return int(np.count_nonzero(magnitude.numpy() == value))
@@ -278,10 +218,9 @@ def _kth(magnitudes: Tensor, k: int) -> float:
 
 
 def _by_digits(stream: Stream, k: int) -> float:
-    """`kth_magnitude` in constant memory, whatever the values are.
+    """`kth_magnitude` in constant memory, whatever the values are: digit by digit, sixteen bits a pass, by counting.
 
-    A magnitude's bits, read as an integer, sort like the magnitude itself. So the k-th one is found digit by digit,
-    sixteen bits a pass, by counting: two passes over float32, four over float64, and 65,536 counters.
+    A magnitude's bits, read as an integer, sort like the magnitude itself.
     """
     width, prefix, below = 0, 0, 0
     dtype: torch.dtype | None = None

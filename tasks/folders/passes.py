@@ -105,7 +105,7 @@ class Passes:
             return
 
         def one(parameter: Piece) -> None:
-            held = self._held(parameter) <= self._budget.memory
+            held = self._held(parameter) <= self._budget.memory / 2
             name = parameter.parameter.target.name
             if isinstance(merger, Joint):
                 self._mixes[name] = merger.mix(kept(held, lambda: self._columns(parameter)), weights, held)
@@ -115,7 +115,7 @@ class Passes:
 
         def cost(parameter: Piece) -> float:
             held = self._held(parameter)
-            return self._space(parameter.dtype, PIECE) + (held if held <= self._budget.memory else 0)
+            return self._space(parameter.dtype, PIECE) + (held if held <= self._budget.memory / 2 else 0)
 
         largest_first = sorted(self._wholes, key=lambda one: -one.elements)
         deque(in_order(largest_first, one, cost, self._budget, report), maxlen=0)

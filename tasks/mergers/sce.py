@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from tasks.choice import require
+from tasks.cuts import cut, keep
 from tasks.mergers.base import Columns, Joint, Mix, Target
 from tasks.mergers.vectors import fixed_order, kept
-from tasks.select import Stream, cut, keep, kth_magnitude
+from tasks.select import Stream, kth_magnitude
 
-_PIECE = 1 << 15
+_PIECE = 1 << 17
 _FEEBLE = 1e-6  # mergekit's bound for sums of weights and of mean squares
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tasks.choice import require
+from tasks.cuts import cut, keep
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, weight_of
-from tasks.select import Stream, cut, keep, kth_magnitude
+from tasks.select import Stream, kth_magnitude
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 from tasks import select
+from tasks.cuts import cut, keep
 from tasks.moments import deviation, power
-from tasks.select import cut, keep, kth_magnitude, largest
+from tasks.select import kth_magnitude, largest
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
