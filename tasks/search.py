@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -36,7 +37,7 @@ class Search(Choice):
 
     def __post_init__(self) -> None:
         require(len(self.factors) > 0, "factors", "a list with at least one factor", self.factors)
-        require(min(self.factors) > 0, "factors", "positive", self.factors)
+        require(all(0 < factor < inf for factor in self.factors), "factors", "finite and positive", self.factors)
         require(self.samples > 0, "samples", "positive", self.samples)
 
 
@@ -71,5 +72,5 @@ def choose_factor(
     suites = {task.name: {"suite": task.suite.spec(), "data": task.suite.fingerprint()} for task in tasks}
     draft = store.draft("scores", Lineage("search", {"base": base, "state": state}, {**spec.spec(), "tasks": suites}))
     draft.add_asset(TABLE, write_rows(rows))
-    draft.facts.update({"factor": best, "means": {f"{factor:g}": mean for factor, mean in means.items()}})
+    draft.facts.update({"factor": best, "means": {repr(factor): mean for factor, mean in means.items()}})
     return ScoresRef(draft.commit())
