@@ -180,7 +180,7 @@ def test_a_search_chooses_how_much_is_written(tmp_path: Path, count: Count) -> N
     for step in grown.steps:
         facts = searches[str(step.entry.state)]
         assert step.entry.factor == facts["factor"]
-        assert max(facts["means"].values()) == facts["means"][f"{step.entry.factor:g}"]
+        assert max(facts["means"].values()) == facts["means"][repr(step.entry.factor)]
     last = grown.last
     assert last.entry.factor != 1
     assert last.entry == Line(store.objects, grown.name).head()
