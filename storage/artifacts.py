@@ -100,10 +100,21 @@ class Draft:
         codec: str = "dense@1",
         rank: int | None = None,
         onto: str | None = None,
+        digest: str | None = None,
+        error: float | None = None,
     ) -> TensorRecord:
-        """Store one tensor's parts and list them under `name`."""
+        """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord."""
         record = self._store.write_tensor(
-            name, parts, role=role, dtype=dtype, shape=shape, codec=codec, rank=rank, onto=onto
+            name,
+            parts,
+            role=role,
+            dtype=dtype,
+            shape=shape,
+            codec=codec,
+            rank=rank,
+            onto=onto,
+            digest=digest,
+            error=error,
         )
         self.share(record)
         return record
@@ -189,10 +200,13 @@ class ArtifactStore:
         codec: str = "dense@1",
         rank: int | None = None,
         onto: str | None = None,
+        digest: str | None = None,
+        error: float | None = None,
     ) -> TensorRecord:
         """Store one tensor's parts; the record lists them in a draft, here or wherever the manifest is written."""
         data = encode_parts(parts)
-        return TensorRecord(name, role, dtype, tuple(shape), self.write_blob(data), len(data), codec, rank, onto)
+        blob = self.write_blob(data)
+        return TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto, digest, error)
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""

@@ -30,7 +30,10 @@ class TensorRecord:
     bytes:  size of that file
     codec:  who decodes the parts, `name@version`
     rank:   if set, the parts are the factors B [m, rank] and A [rank, n] of the tensor [m, n], each coded by `codec`
-    onto:   if set, sha256 of the dense blob that the decoded tensor is added onto
+    onto:   if set, sha256 of the dense blob that the tensor is stated against: the decoded tensor is added to it, or,
+            of lossless codecs, decoded from it
+    digest: if set, sha256 of the decoded tensor's bytes, checked whenever it is read
+    error:  if set, what a lossy codec changed: the Frobenius norm of the difference over that of what was coded
     """
 
     name: str
@@ -42,6 +45,8 @@ class TensorRecord:
     codec: str = "dense@1"
     rank: int | None = None
     onto: str | None = None
+    digest: str | None = None
+    error: float | None = None
 
     @property
     def elements(self) -> int:

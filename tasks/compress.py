@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from storage.artifacts import Artifact, ArtifactStore
+from storage.errors import InvalidInput
 from storage.manifest import Lineage, TensorRecord
-from storage.refs import UpdateRef
-from tasks.codecs import AnyCodec, decoder
+from storage.refs import UpdateRef, short
+from tasks.codecs import AnyCodec, Codec, Coded, Leaf, decode_parts
 from tasks.extract import HEAD
-from tasks.tensors import decode_factors, decode_record, prefixed
+from tasks.parallel import Budget, Report, in_order
+from tasks.tensors import check_finite, decode_factors, dtype_name, prefixed, read_delta, read_tensor, unprefixed
+
+_WORKSPACE = 6  # tensors' sizes in float32 that coding and measuring one of them takes
+Inputs = Mapping[str, Callable[[], Tensor]]  # of linear weights, by name: X^T X / rows of what their module was given
 
 
-def compress_update(update: UpdateRef, codec: AnyCodec, store: ArtifactStore, device: str = "cpu") -> UpdateRef:
+def compress_update(
+    update: UpdateRef,
+    codec: AnyCodec,
+    store: ArtifactStore,
+    device: str = "cpu",
+    *,
+    inputs: Inputs | None = None,
+    budget: Budget | None = None,
+    report: Report | None = None,
+) -> UpdateRef:
     """`update` coded anew by `codec`. Low-rank tensors stay factors: their factors are coded, as ComPEFT does.
 
-    The facts report the files' bytes, headers included, and their ratio to all tensors of the model in bfloat16.
+    The facts report the files' bytes, headers included, and their ratio to all tensors of the model in bfloat16. Every
+    tensor is decoded again at once: its record has the error that was found, or the digest that was held.
     """
     source = store.open(update, "update")
+    work = _Work(source, codec, device, inputs or {})
     records = [record for record in source.manifest.tensors if not record.role.startswith(HEAD)]
-
-    def leaves() -> Iterator[Tensor]:
-        for record in records:
-            for _, leaf in _leaves(source, record, device):
-                yield leaf
-
-    facts = codec.survey(leaves)
+    facts = codec.survey(lambda: (leaf.delta for record in records for leaf in work.leaves(record)))
     lineage = Lineage("compress", {**source.manifest.lineage.inputs, "update": update}, codec.spec())
     draft = store.draft("update", lineage)
     for record in source.manifest.tensors:
         if record.role.startswith(HEAD):
             draft.share(record)
-            continue
-        parts = {}
-        for factor, leaf in _leaves(source, record, device):
-            coded = codec.encode(leaf, facts)
-            parts.update(prefixed(coded, factor) if factor else coded)
-        draft.add(
-            record.name,
-            parts,
-            role=record.role,
-            dtype="F32",
-            shape=record.shape,
-            codec=decoder(codec),
-            rank=record.rank,
-        )
+    for written in in_order(
+        records,
+        lambda record: work.write(record, facts),
+        lambda record: _WORKSPACE * 4 * record.elements,
+        budget or Budget(workers=1),
+        report,
+    ):
+        draft.share(written)
     kept = {name: fact for name, fact in source.manifest.facts.items() if name != "norm"}  # that of the exact update
     draft.facts.update({**kept, **facts, **sizes(draft.records)})
     return UpdateRef(draft.commit())
@@ -59,11 +65,99 @@ def sizes(records: list[TensorRecord]) -> dict[str, float]:
     return {"file_bytes": files, "bf16_bytes": bf16, "ratio": bf16 / files if files else 0.0}
 
 
-def _leaves(source: Artifact, record: TensorRecord, device: str) -> Iterator[tuple[str, Tensor]]:
-    parts = source.parts(record.name)
-    if record.rank is None:
-        yield "", decode_record(record, parts, device)
+@dataclass(frozen=True)
+class _Work:
+    """What is the same for every tensor of the update."""
+
+    source: Artifact
+    codec: Codec
+    device: str
+    inputs: Inputs
+
+    def leaves(self, record: TensorRecord) -> Iterator[Leaf]:
+        """The tensor, or its factors A and B."""
+        for factor, delta in self._deltas(record):
+            check_finite(delta, record.name, short(self.source.ref))
+            name = f"{record.name}.{factor}" if factor else record.name
+            yield Leaf(
+                name,
+                record.role,
+                delta,
+                self.source.ref,
+                lambda: self.sides(record.name),
+                None if factor else self.inputs.get(record.name),
+            )
+
+    def _deltas(self, record: TensorRecord) -> Iterator[tuple[str, Tensor]]:
+        if record.rank is None:
+            yield "", read_delta(self.source, record.name, self.device)
+        else:
+            left, right = decode_factors(record, self.source.parts(record.name))
+            yield "A", right.to(self.device)
+            yield "B", left.to(self.device)
+
+    def sides(self, name: str) -> tuple[Tensor, Tensor]:
+        """The base and the tuned tensor, as their checkpoints hold them."""
+        return tuple(read_tensor(self.side(side), name) for side in ("base", "tuned"))  # type: ignore[return-value]
+
+    def side(self, side: str) -> Artifact:
+        ref = self.source.manifest.lineage.inputs.get(side)
+        if ref is None or not self.source.store.has(ref):
+            why = "not in its lineage" if ref is None else f"no longer stored ({short(ref)})"
+            raise InvalidInput(
+                f"{self.codec.name} needs both checkpoints; the {side} of {short(self.source.ref)} is {why}",
+                remedy="Ingest both checkpoints again and extract the update from them, or choose a lossy codec",
+            )
+        return self.source.store.open(ref, "checkpoint")
+
+    def write(self, record: TensorRecord, facts: Mapping[str, float]) -> TensorRecord:
+        """The record of one tensor, coded and stored."""
+        if record.rank is not None and self.codec.keeps_factors:
+            return record
+        leaves = list(self.leaves(record))
+        codec, its_facts = self.codec.choose(leaves, facts)
+        coded = [codec.encode(leaf, its_facts) for leaf in leaves]
+        onto = None
+        dtype, error = "F32", None
+        if coded[0].digest is not None:
+            base = self.side("base").record(record.name)
+            onto, dtype = base.blob, dtype_name(self.sides(record.name)[1].dtype)
+        else:
+            decoded = [_decoded(one, leaf.delta) for one, leaf in zip(coded, leaves, strict=True)]
+            dtype, error = dtype_name(decoded[0].dtype), _error(leaves, decoded)
+        parts = coded[0].parts if record.rank is None else {}
+        if record.rank is not None:
+            for factor, one in zip("AB", coded, strict=True):
+                parts |= prefixed(one.parts, factor)
+        return self.source.store.write_tensor(
+            record.name,
+            parts,
+            role=record.role,
+            dtype=dtype,
+            shape=record.shape,
+            codec=coded[0].codec,
+            rank=record.rank if coded[0].rank is None else coded[0].rank,
+            onto=onto,
+            digest=coded[0].digest,
+            error=error,
+        )
+
+
+def _decoded(coded: Coded, delta: Tensor) -> Tensor:
+    shape = tuple(delta.shape)
+    if coded.rank is None:
+        return decode_parts(coded.codec, coded.parts, shape)
+    rows, columns = shape
+    left = decode_parts(coded.codec, unprefixed(coded.parts, "B"), (rows, coded.rank))
+    right = decode_parts(coded.codec, unprefixed(coded.parts, "A"), (coded.rank, columns))
+    return left @ right
+
+
+def _error(leaves: list[Leaf], decoded: list[Tensor]) -> float:
+    """Relative Frobenius error of what was coded; of factors, of their product."""
+    if len(leaves) == 1:
+        wanted, found = leaves[0].delta.cpu(), decoded[0]
     else:
-        left, right = decode_factors(record, parts)
-        yield "A", right.to(device)
-        yield "B", left.to(device)
+        wanted, found = leaves[1].delta.cpu() @ leaves[0].delta.cpu(), decoded[1] @ decoded[0]
+    norm, off = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (wanted, found - wanted))
+    return off / norm if norm else 0.0

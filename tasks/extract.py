@@ -12,7 +12,7 @@ from storage.errors import Mismatch
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, UpdateRef, short
 from tasks.choice import Choice
-from tasks.codecs import Dense, decoder
+from tasks.codecs import dense_parts
 from tasks.moments import power
 from tasks.tensors import check_finite, dtype_name, read_tensor, wide
 
@@ -69,15 +69,7 @@ def _extract_one(draft: Draft, before: Artifact, after: Artifact, name: str) -> 
     else:
         delta = tuned.to(wide(base, tuned)) - base.to(wide(base, tuned))
     check_finite(delta, name, f"the update {short(after.ref)} - {short(before.ref)}")
-    codec = Dense()
-    draft.add(
-        name,
-        codec.encode(delta, {}),
-        role=old.role,
-        dtype=dtype_name(delta.dtype),
-        shape=old.shape,
-        codec=decoder(codec),
-    )
+    draft.add(name, dense_parts(delta), role=old.role, dtype=dtype_name(delta.dtype), shape=old.shape)
     return power(lambda: [delta]).squares
 
 

@@ -14,7 +14,7 @@ from storage.refs import short
 from tasks.extract import HEAD
 from tasks.mergers import Facts, Parts, Sequential, Sums, Target
 from tasks.recipe import Recipe
-from tasks.tensors import check_finite, decode_record
+from tasks.tensors import check_finite, read_delta
 
 _SCALING = "scaling."  # prefix of a scaling's facts, sums and parts among the merger's
 
@@ -32,7 +32,7 @@ class Update:
         return [record for record in self.artifact.manifest.tensors if not record.role.startswith(HEAD)]
 
     def delta(self, record: TensorRecord) -> Tensor:
-        found = decode_record(record, self.artifact.parts(record.name), self.device)
+        found = read_delta(self.artifact, record.name, self.device)
         check_finite(found, record.name, short(self.artifact.ref))
         thin = self.recipe.sparsify
         return found if thin is None else thin.thin(found, self.artifact.ref, record.name)

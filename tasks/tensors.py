@@ -7,10 +7,10 @@ from torch import Tensor
 
 from storage.artifacts import Artifact
 from storage.blobs import DTYPES, Parts
-from storage.errors import InvalidInput, Mismatch
-from storage.manifest import TensorRecord
+from storage.errors import Damaged, InvalidInput, Mismatch
+from storage.manifest import TensorRecord, digest
 from storage.refs import short
-from tasks.codecs import decode_parts
+from tasks.codecs import decode_parts, is_lossless, restore_parts
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -27,15 +27,55 @@ def dtype_name(dtype: torch.dtype) -> str:
 def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     """Tensor `name`, decoded, in the dtype its record names.
 
-    A tensor stated against another (`onto`) is added to it in float32, or float64 if either is, and cast once.
+    A tensor stated against another (`onto`) is added to it in float32, or float64 if either is, and cast once. What a
+    lossless codec wrote comes back bit by bit, and is held against its digest.
     """
     record = artifact.record(name)
+    onto = _onto(artifact, record)
+    if is_lossless(record.codec):
+        if onto is None:
+            raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
+        restored = restore_parts(record.codec, artifact.parts(name), record.shape, onto)
+        return _checked(restored, artifact, record, device)
     decoded = decode_record(record, artifact.parts(name), device)
-    onto = artifact.onto(name)
     if onto is not None:
-        dense = decode_parts("dense@1", onto, record.shape).to(device)
-        decoded = dense.to(wide(dense, decoded)) + decoded
+        decoded = onto.to(device, wide(onto, decoded)) + decoded
     return decoded.to(DTYPES[record.dtype])
+
+
+def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
+    """Tensor `name` of an update: float32 or float64, as it was decoded, or tuned minus base where both are exact."""
+    record = artifact.record(name)
+    if not is_lossless(record.codec):
+        return decode_record(record, artifact.parts(name), device)
+    tuned = read_tensor(artifact, name, device)
+    onto = _onto(artifact, record)
+    assert onto is not None
+    dtype = wide(onto, tuned)
+    return tuned.to(dtype) - onto.to(device, dtype)
+
+
+def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
+    parts = artifact.onto(record.name)
+    return None if parts is None else decode_parts("dense@1", parts, record.shape)
+
+
+def _checked(tensor: Tensor, artifact: Artifact, record: TensorRecord, device: str) -> Tensor:
+    """A tensor that a lossless codec decoded, if it is the one that was written."""
+    found = tensor_digest(tensor)
+    if found != record.digest or tensor.dtype != DTYPES[record.dtype]:
+        raise Damaged(
+            f"tensor {record.name!r} of {short(artifact.ref)} decodes to other bytes ({found[:12]}…) than were written "
+            f"({str(record.digest)[:12]}…)",
+            remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
+        )
+    return tensor.to(device)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of the tensor's numbers as they lie in memory, row by row, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return digest(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 from torch import Tensor
 
 from storage.errors import Damaged
 from tasks.choice import BY_NAME, choices
-from tasks.codecs.base import Codec, Parts, decoder
-from tasks.codecs.dense import Dense
+from tasks.codecs.base import Codec, Coded, Leaf, Parts, decoder
+from tasks.codecs.dense import Dense, dense_parts
 from tasks.codecs.ternary import Ternary
+from tasks.codecs.ternary_1 import decode_ternary_1
 
 AnyCodec = Annotated[Dense | Ternary, BY_NAME]
 
 CODECS: dict[str, type[Codec]] = choices(AnyCodec)
-_DECODERS = {decoder(codec): codec.decode for codec in CODECS.values()}
+Reader = TypeVar("Reader", bound=Callable[..., Tensor])
 
-__all__ = ["CODECS", "AnyCodec", "Codec", "Dense", "Parts", "Ternary", "decode_parts", "decoder"]
+_DECODERS = {decoder(codec): codec.decode for codec in CODECS.values() if not codec.lossless}
+_DECODERS |= {"ternary@1": decode_ternary_1}
+_RESTORERS = {decoder(codec): codec.restore for codec in CODECS.values() if codec.lossless}
+
+__all__ = [
+    "CODECS",
+    "AnyCodec",
+    "Codec",
+    "Coded",
+    "Dense",
+    "Leaf",
+    "Parts",
+    "Ternary",
+    "decode_parts",
+    "decoder",
+    "dense_parts",
+    "is_lossless",
+    "restore_parts",
+]
 
 
 def decode_parts(codec: str, parts: Parts, shape: tuple[int, ...]) -> Tensor:
     """The tensor that `parts`, written by `codec` (`name@version`), stand for."""
-    if codec not in _DECODERS:
+    return _known(_DECODERS, codec)(parts, shape)
+
+
+def restore_parts(codec: str, parts: Parts, shape: tuple[int, ...], base: Tensor) -> Tensor:
+    """The tuned tensor that `parts`, written by a lossless codec, make of the base's."""
+    return _known(_RESTORERS, codec)(parts, shape, base)
+
+
+def is_lossless(codec: str) -> bool:
+    """Whether what `codec` wrote is restored from the base's tensor, and not decoded to a delta."""
+    return codec in _RESTORERS
+
+
+def _known(readers: dict[str, Reader], codec: str) -> Reader:
+    try:
+        return readers[codec]
+    except KeyError:
         raise Damaged(
-            f"tensor coded by {codec!r}, this version reads {', '.join(_DECODERS)}",
+            f"tensor coded by {codec!r}, this version reads {', '.join([*_DECODERS, *_RESTORERS])}",
             remedy="Read it with the version of Deltaworks that wrote it",
-        )
-    return _DECODERS[codec](parts, shape)
+        ) from None

@@ -2,39 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
+from tasks.choice import Choice
 from tasks.select import Stream
 
 Parts = dict[str, Tensor]
 Facts = Mapping[str, float]
+Sides = Callable[[], tuple[Tensor, Tensor]]
 
 
-class Codec(Protocol):
-    """A codec writes tensors of floats as parts (a dict of tensors) and reads them back.
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor to be written: a delta, or a factor of a low-rank one.
 
-    `survey` sees every tensor of the update before the first is encoded, for codecs whose threshold or scale belongs
-    to the whole update; what it returns is handed to `encode` and kept as facts of the update. `decode` needs only
-    the parts and the shape: a stored tensor can be read without the update around it.
+    name:   the parameter's canonical name, followed by `.A` or `.B` for a factor
+    role:   what it is in its module: `linear.weight`, `norm.bias`, `embedding.weight` ...
+    delta:  float32 or float64, finite
+    update: ref of the update it is from: with the name, what keys random masks
+    sides:  reads the base and the tuned tensor as their checkpoints hold them, for codecs that keep every bit
+    inputs: the calibration data of its module, X^T X / rows [columns, columns], if there is any
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    role: str
+    delta: Tensor
+    update: str = ""
+    sides: Sides | None = None
+    inputs: Callable[[], Tensor] | None = None
 
-    @property
-    def version(self) -> int: ...
 
-    def survey(self, deltas: Stream) -> Facts: ...
+class Coded(NamedTuple):
+    """A tensor as written. No parts at all stand for zeros.
 
-    def encode(self, delta: Tensor, facts: Facts) -> Parts: ...
+    codec:  who decodes the parts, `name@version`
+    rank:   if set, the parts are the factors B and A (`B.…`, `A.…`), each coded by `codec`
+    digest: of codecs that need the base to decode, sha256 of the tensor's bytes that decoding must give
+    """
+
+    parts: Parts
+    codec: str
+    rank: int | None = None
+    digest: str | None = None
+
+
+class Codec(Choice):
+    """A codec writes tensors of floats as parts (a dict of tensors) and reads them back.
+
+    source:        paper and section, or the program, that the numbers follow
+    lossless:      whether decoding gives the tuned tensor's very bits, from the base's
+    keeps_factors: whether low-rank tensors are left as the factors they are
+
+    `decode` needs only the parts and the shape, `restore` the base tensor too: a stored tensor can be read without the
+    update around it. Both raise Damaged if the parts are not what `encode` writes.
+    """
+
+    source: ClassVar[str]
+    lossless: ClassVar[bool] = False
+    keeps_factors: ClassVar[bool] = False
+
+    name: str
+    version: int
+
+    def survey(self, deltas: Stream) -> Facts:
+        """See every tensor of the update before the first is encoded, for thresholds and scales of the whole update.
+
+        What it returns is handed to `encode` and kept as facts of the update.
+        """
+        return {}
+
+    def choose(self, leaves: Sequence[Leaf], facts: Facts) -> tuple[Codec, Facts]:
+        """The codec for one tensor (`leaves`: the tensor, or its two factors), and the facts of that codec."""
+        return self, facts
+
+    def encode(self, leaf: Leaf, facts: Facts) -> Coded:
+        raise NotImplementedError
 
     @staticmethod
-    def decode(parts: Parts, shape: tuple[int, ...]) -> Tensor: ...
+    def decode(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        """The delta in float32 or float64, on the CPU."""
+        raise NotImplementedError
+
+    @staticmethod
+    def restore(parts: Parts, shape: tuple[int, ...], base: Tensor) -> Tensor:
+        """Of lossless codecs in place of `decode`: the tuned tensor, on the CPU, from the base's."""
+        raise NotImplementedError
+
+    def trials(self) -> Sequence[Self]:
+        """Codecs to be tried on a suite, of which one takes this one's place; none for most."""
+        return ()
 
 
 def decoder(codec: Codec | type[Codec]) -> str:
-    """How manifests name a codec: `ternary@1`."""
+    """How manifests name a codec: `ternary@2`."""
     return f"{codec.name}@{codec.version}"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from storage.artifacts import ArtifactStore
 from storage.objects import DirectoryObjects
-from tasks.codecs import Ternary
+from tasks.codecs import Leaf, Ternary
 from tasks.mergers import Opcm, Target
 from tasks.select import kth_magnitude
 from tests.benchmarks.memory import peak_of_fold
@@ -63,9 +63,10 @@ def ternary() -> Iterator[Row]:
         codec = Ternary(density=density)
         survey = seconds(lambda codec=codec: codec.survey(lambda: [update]))  # type: ignore[misc]
         facts = codec.survey(lambda: [update])
-        parts = codec.encode(update, facts)
+        leaf = Leaf("weight", "linear.weight", update)
+        parts = codec.encode(leaf, facts).parts
         rows = {
-            "survey + encode": (survey + seconds(lambda c=codec, f=facts: c.encode(update, f)), there),  # type: ignore[misc]
+            "survey + encode": (survey + seconds(lambda c=codec, f=facts, one=leaf: c.encode(one, f)), there),  # type: ignore[misc]
             "decode": (seconds(lambda p=parts: Ternary.decode(p, (VALUES,))), back),  # type: ignore[misc]
         }
         for step, (ours, yardstick) in rows.items():

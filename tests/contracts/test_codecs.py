@@ -15,7 +15,7 @@ from torch import Tensor
 
 from storage.blobs import encode_parts
 from storage.errors import Damaged
-from tasks.codecs import CODECS, Codec, decode_parts, decoder
+from tasks.codecs import CODECS, Codec, Leaf, Parts, decode_parts
 
 SHAPES = [(), (0,), (1,), (7,), (1000,), (3, 0), (33, 17), (2, 3, 4, 5)]
 
@@ -30,10 +30,14 @@ def codec(request: pytest.FixtureRequest) -> Codec:
 def through_file(codec: Codec, delta: Tensor, facts: object = None) -> Tensor:
     """Encoded, written as a file, read, and decoded from the parts and the shape alone."""
     known = codec.survey(lambda: [delta]) if facts is None else facts
-    parts = safetensors.torch.load(encode_parts(codec.encode(delta, known)))  # type: ignore[arg-type]
-    decoded = decode_parts(decoder(codec), parts, tuple(delta.shape))
+    coded = codec.encode(Leaf("layers.0.weight", "linear.weight", delta), known)  # type: ignore[arg-type]
+    decoded = decode_parts(coded.codec, safetensors.torch.load(encode_parts(coded.parts)), tuple(delta.shape))
     assert decoded.shape == delta.shape
     return decoded
+
+
+def written(codec: Codec, delta: Tensor) -> Parts:
+    return codec.encode(Leaf("weight", "linear.weight", delta), codec.survey(lambda: [delta])).parts
 
 
 def drawn(shape: tuple[int, ...], seed: int = 0, zeros: float = 0.3) -> Tensor:
@@ -60,7 +64,7 @@ def test_zeros_stay_zeros(codec: Codec, shape: tuple[int, ...]) -> None:
 
 def test_an_update_of_zeros_costs_a_header_only(codec: Codec) -> None:
     nothing = torch.zeros(1000, 100)
-    assert len(encode_parts(codec.encode(nothing, codec.survey(lambda: [nothing])))) < 100
+    assert len(encode_parts(written(codec, nothing))) < 100
 
 
 def test_signs_are_never_flipped(codec: Codec) -> None:
@@ -70,10 +74,7 @@ def test_signs_are_never_flipped(codec: Codec) -> None:
 
 
 def test_equal_updates_give_equal_bytes(codec: Codec) -> None:
-    first, second = (
-        encode_parts(codec.encode(delta, codec.survey(lambda delta=delta: [delta])))  # type: ignore[misc]
-        for delta in (drawn((33, 17)), drawn((33, 17)))
-    )
+    first, second = (encode_parts(written(codec, delta)) for delta in (drawn((33, 17)), drawn((33, 17))))
     assert first == second
 
 
@@ -129,7 +130,7 @@ def test_any_floats(name: str) -> None:
 
 def test_shapes_are_given_not_stored(codec: Codec) -> None:
     delta = drawn((6, 4))
-    parts = codec.encode(delta, codec.survey(lambda: [delta]))
+    parts = written(codec, delta)
     for shape in [(24,), (4, 6), (2, 3, 4)]:
         assert prod(shape) == delta.numel()
         assert torch.equal(codec.decode(parts, shape), codec.decode(parts, (6, 4)).reshape(shape))

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +30,6 @@ from storage.manifest import (
 )
 from storage.objects import DirectoryObjects
 from storage.refs import Ref, UpdateRef
-from tasks.codecs import Ternary, decoder
 from tasks.tensors import prefixed, read_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format"
@@ -203,9 +204,11 @@ def write_format(folder: Path) -> UpdateRef:
     draft = ArtifactStore(DirectoryObjects(folder)).draft("update", lineage)
     bias, weight = tensors["layer.bias"], tensors["layer.weight"]
     draft.add("layer.bias", {"tensor": bias}, role="linear.bias", dtype="F32", shape=bias.shape)
-    ternary, facts = Ternary(), {"threshold": 1.0, "magnitude": 2.0}
-    parts, codec = ternary.encode(weight, facts), decoder(ternary)
-    draft.add("layer.weight", parts, role="linear.weight", dtype="F32", shape=weight.shape, codec=codec)
+    bits = {"mask": np.packbits(weight != 0), "signs": np.packbits(weight[weight != 0] < 0)}
+    squeezed = np.frombuffer(zstandard.ZstdCompressor(level=1).compress(bits["mask"].tobytes()), dtype=np.uint8)
+    parts = {key: torch.from_numpy(np.array(one)) for key, one in {**bits, "mask": squeezed}.items()}
+    parts["scale"] = torch.tensor([2.0])
+    draft.add("layer.weight", parts, role="linear.weight", dtype="F32", shape=weight.shape, codec="ternary@1")
     left, right = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0, 0.0]])
     parts = {**prefixed({"tensor": right}, "A"), **prefixed({"tensor": left}, "B")}
     draft.add("low.weight", parts, role="linear.weight", dtype="F32", shape=(3, 2), rank=1)
