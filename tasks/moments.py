@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tasks.select import Stream
+
+_PIECE = 1 << 16
 
 
 class Power(NamedTuple):
@@ -22,8 +26,18 @@ def power(stream: Stream) -> Power:
     count, squares = 0, 0.0
     for tensor in stream():
         count += tensor.numel()
-        squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.numel() else 0.0
+        squares += _squares(tensor)
     return Power(count, squares)
+
+
+def _squares(tensor: Tensor) -> float:
+    if tensor.device.type != "cpu":
+        return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.numel() else 0.0
+    total, flat = 0.0, tensor.detach().reshape(-1).numpy()
+    for start in range(0, flat.size, _PIECE):  # in a core's cache: a fifth of the time of torch's norm in float64
+        piece = flat[start : start + _PIECE].astype(np.float64)
+        total += float(np.einsum("i,i->", piece, piece))  # not BLAS, whose sums depend on the number of threads
+    return total
 
 
 def deviation(stream: Stream) -> float:

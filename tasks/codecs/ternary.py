@@ -26,6 +26,7 @@ from storage.errors import Damaged
 from tasks.choice import require
 from tasks.codecs.base import Codec, Coded, Facts, Leaf, Parts, decoder
 from tasks.codecs.streams import (
+    Numbers,
     exactly,
     expand,
     meta_of,
@@ -42,7 +43,7 @@ from tasks.moments import Power, deviation, power
 from tasks.select import Stream, kth_magnitude
 
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the grid of ComPEFT's appendix
-_PIECE = 1 << 18  # entries that stay in a core's cache while they are compared
+_PIECE = 1 << 16  # entries that stay in a core's cache while they are compared
 _CROWDED = 0.3  # density from which one bit per entry may be smaller than gaps
 
 
@@ -102,32 +103,27 @@ class Ternary(Codec):
         if not isinstance(self.alpha, str):
             magnitude = float(torch.tensor(deviation(deltas), dtype=torch.float32) * self.alpha)
         else:
-            kept, total = 0, 0.0
-            for delta in deltas():
-                for piece in _pieces(delta):
-                    magnitudes = np.abs(piece)
-                    magnitudes = magnitudes[(magnitudes >= threshold) & (magnitudes > 0)]
-                    kept += magnitudes.size
-                    total += float(magnitudes.sum(dtype=np.float64))
+            kept, total = _tally(deltas, threshold)
             magnitude = math.sqrt(squares / kept) if self.alpha == "norm" else squares / total
         top = torch.finfo(torch.float32).max
         require(magnitude <= top, "the magnitude", f"at most {top:g}: take a smaller alpha", magnitude)
         return magnitude
 
     def encode(self, leaf: Leaf, facts: Facts) -> Coded:
-        places, signs = _chosen(leaf.delta, facts["threshold"])
-        if places.size == 0:
+        elements = leaf.delta.numel()
+        gaps, signs = _chosen(leaf.delta, facts["threshold"])
+        if not gaps.size:
             return Coded({}, decoder(self))
         meta = {
             "codec": decoder(self),
-            "count": places.size,
+            "count": gaps.size,
             "scale": float(np.float32(facts["magnitude"])).hex(),
             "shape": list(leaf.delta.shape),
         }
-        streams = {"gaps": write_numbers(narrow(_gaps(places)))}
-        if places.size > _CROWDED * leaf.delta.numel():
-            mask = squeeze(_plane(places, leaf.delta.numel()))
-            streams = min(streams, {"mask": mask}, key=lambda one: len(next(iter(one.values()))))
+        streams = {"gaps": write_numbers(gaps)}
+        if gaps.size > _CROWDED * elements:
+            mask = squeeze(np.packbits(_spread(gaps, elements)))
+            streams = streams if len(streams["gaps"]) <= len(mask) else {"mask": mask}
         return Coded(with_meta(meta, {**streams, "signs": np.packbits(signs)}), decoder(self))
 
     @staticmethod
@@ -135,36 +131,74 @@ class Ternary(Codec):
         flat = np.zeros(math.prod(shape), dtype=np.float32)
         if parts:
             found = read_ternary(parts, shape)
-            sizes = np.array([found.scale, -found.scale], dtype=np.float32)
-            flat[found.places] = sizes[found.negative]
+            for places, negative in found.pieces():
+                flat[places] = found.values(negative)
         return torch.from_numpy(flat).reshape(shape)
 
 
 @dataclass(frozen=True)
 class Signs:
-    """A ternary tensor: `places` of its entries other than zero, ascending; 1 where they are negative; their scale."""
+    """A ternary tensor before it is spread out.
 
-    places: NDArray[np.int64]
+    places:   the gaps before its entries other than zero, or where they are as one bit per entry
+    is_plane: which of both
+    negative: 1 where they are negative, [count]
+    scale:    their size
+    """
+
+    places: Numbers
+    is_plane: bool
     negative: NDArray[np.uint8]
     scale: float
 
+    def pieces(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Places of the entries, ascending, and their signs: as many at once as stay in a core's cache."""
+        first = 0
+        for places in self._from_plane() if self.is_plane else self._from_gaps():
+            yield places, self.negative[first : first + places.size]
+            first += places.size
+
+    def _from_gaps(self) -> Iterator[NDArray[np.int64]]:
+        steps, last = np.arange(1, _PIECE + 1), -1
+        for first in range(0, self.places.size, _PIECE):
+            places = np.cumsum(self.places[first : first + _PIECE], dtype=np.int64)
+            places += steps[: places.size]
+            places += last
+            last = int(places[-1])
+            yield places
+
+    def _from_plane(self) -> Iterator[NDArray[np.int64]]:
+        for first in range(0, self.places.size, _PIECE // 8):
+            bits = np.unpackbits(self.places[first : first + _PIECE // 8].view(np.uint8))
+            places = np.flatnonzero(bits.view(np.bool_))
+            places += 8 * first
+            yield places
+
+    def values(self, negative: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """`scale` or `-scale`: the bit of a sign is the highest of a float's."""
+        bits = negative.astype(np.uint32) << np.uint32(31)
+        bits |= np.float32(self.scale).view(np.uint32)
+        return bits.view(np.float32)
+
 
 def read_ternary(parts: Parts, shape: tuple[int, ...]) -> Signs:
-    """What the parts of a ternary tensor say, before it is spread out."""
+    """What the parts of a ternary tensor say."""
     meta, elements = meta_of(parts, shape), math.prod(shape)
     count = number(meta, "count", 1, elements)
-    if "gaps" in parts:
-        places = np.cumsum(read_numbers(parts, "gaps", count), dtype=np.int64)
-        places += np.arange(count)
-        if not (0 <= places[-1] < elements):
-            raise Damaged(f"part 'gaps' of a ternary tensor leads beyond its {elements:,} elements")
-    else:
-        plane = expand(parts, "mask", -(-elements // 8))
-        places = np.unpackbits(plane, count=elements).nonzero()[0]
-        if places.size != count:
-            raise Damaged(f"part 'mask' of a ternary tensor must have {count:,} bits set, found {places.size:,}")
     signs = exactly(part(parts, "signs"), -(-count // 8), "signs")
-    return Signs(places, np.unpackbits(signs, count=count), scale_of(meta))
+    negative = np.unpackbits(signs, count=count)
+    if "gaps" in parts:
+        gaps = read_numbers(parts, "gaps", count)
+        if int(gaps.max()) >= elements or int(gaps.sum(dtype=np.uint64)) + count > elements:
+            raise Damaged(f"part 'gaps' of a ternary tensor leads beyond its {elements:,} elements")
+        return Signs(gaps, False, negative, scale_of(meta))
+    plane = expand(parts, "mask", -(-elements // 8))
+    found = int(np.bitwise_count(plane).sum(dtype=np.int64))
+    if found != count or np.unpackbits(plane[-1:])[elements % 8 or 8 :].any():
+        raise Damaged(
+            f"part 'mask' of a ternary tensor must have {count:,} bits set, found {found:,} or some beyond it"
+        )
+    return Signs(plane, True, negative, scale_of(meta))
 
 
 def _pieces(delta: Tensor) -> Iterator[NDArray[Any]]:
@@ -173,27 +207,41 @@ def _pieces(delta: Tensor) -> Iterator[NDArray[Any]]:
         yield flat[start : start + _PIECE]
 
 
-def _chosen(delta: Tensor, threshold: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Places of the entries that are kept, ascending, and which of them are negative."""
-    places, signs, start = [], [], 0
+def _tally(deltas: Stream, threshold: float) -> tuple[int, float]:
+    """How many entries are kept, and the sum of their magnitudes in float64."""
+    kept, total = 0, 0.0
+    for delta in deltas():
+        for piece in _pieces(delta):
+            magnitudes = np.abs(piece)
+            chosen = magnitudes >= threshold
+            kept += int(np.count_nonzero(chosen if threshold > 0 else magnitudes))
+            # a product costs a third of a selection
+            total += float(np.multiply(magnitudes, chosen, dtype=np.float64).sum())
+    return kept, total
+
+
+def _chosen(delta: Tensor, threshold: float) -> tuple[Numbers, NDArray[np.bool_]]:
+    """The gaps before the entries that are kept, and which of these are negative."""
+    gaps, signs, skipped = [], [], 0
     for piece in _pieces(delta):
         # of the numbers that are no zeros: a threshold of 0 keeps no zeros
         kept = np.flatnonzero(np.abs(piece) >= threshold if threshold > 0 else piece)
+        if not kept.size:
+            skipped += piece.size
+            continue
         signs.append(np.signbit(piece[kept]))
-        places.append(kept + start)
-        start += piece.size
-    return np.concatenate(places or [np.empty(0, np.int64)]), np.concatenate(signs or [np.empty(0, np.bool_)])
+        before = np.diff(kept, prepend=-1)
+        before -= 1
+        before[0] += skipped
+        gaps.append(narrow(before))
+        skipped = piece.size - 1 - int(kept[-1])
+    if not gaps:
+        return np.empty(0, np.uint8), np.empty(0, np.bool_)
+    return np.concatenate(gaps), np.concatenate(signs)
 
 
-def _gaps(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Entries skipped before each place."""
-    gaps = np.diff(places, prepend=-1)
-    gaps -= 1
-    return gaps
-
-
-def _plane(places: NDArray[np.int64], elements: int) -> NDArray[np.uint8]:
-    """One bit per element, set at the places."""
+def _spread(gaps: Numbers, elements: int) -> NDArray[np.bool_]:
+    """True at the places that the gaps lead to."""
     mask = np.zeros(elements, dtype=np.bool_)
-    mask[places] = True
-    return np.packbits(mask)
+    mask[np.cumsum(gaps, dtype=np.int64) + np.arange(gaps.size)] = True
+    return mask
