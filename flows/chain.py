@@ -86,7 +86,7 @@ def chain(config: ChainConfig) -> Outcome:
 
 def count_steps(config: ChainConfig) -> int:
     """How many steps a first run of the chain has, for its progress bar."""
-    per_task = 4  # tune, extract, compress, evaluate alone
+    per_task = 4 + bool(config.codec.trials())  # tune, extract, choose codec, compress, evaluate alone
     per_merge = 5  # merge, commit, write, evaluate, register
     searches = sum(line.search is not None for line in config.lines)
     return 2 + len(config.tasks) * (per_task + per_merge * len(config.lines) + searches)
@@ -102,7 +102,10 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
             step = named(steps.fine_tune, f"fine-tune {task.name}")
             tuned = step.submit(base, task.name, task.suite, config.tuner_of(task))
         update = named(steps.extract, f"extract {task.name}").submit(base, tuned, config.extract)
-        small = named(steps.compress, f"compress {task.name}").submit(update, config.codec)
+        tried = None
+        if config.codec.trials():
+            tried = named(steps.choose_codec, f"choose codec {task.name}").submit(update, config.codec, task)
+        small = named(steps.compress, f"compress {task.name}").submit(update, config.codec, tried)
         alone = named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task], base)
         submitted.append((task, {"tuned": tuned, "alone": alone, "update": small}))
     return [Prepared(task, **{name: one.result() for name, one in futures.items()}) for task, futures in submitted]

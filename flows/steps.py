@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tasks.codec_search
 import tasks.compress
 import tasks.digits_base
 import tasks.evaluate
@@ -60,8 +61,20 @@ def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract) -> UpdateR
 
 
 @once(version=1)
-def compress(update: UpdateRef, codec: AnyCodec) -> UpdateRef:
-    return tasks.compress.compress_update(update, codec, here().store, here().settings.device)
+def choose_codec(update: UpdateRef, codec: AnyCodec, task: Task) -> ScoresRef:
+    place = here()
+    return tasks.codec_search.choose_codec(
+        update, codec, task, place.store, place.settings.device, budget=place.settings.budget, report=_report()
+    )
+
+
+@once(version=2)
+def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None) -> UpdateRef:
+    place = here()
+    settled = codec.trials()[place.store.open(tried).manifest.facts["trial"]] if tried else codec
+    return tasks.compress.compress_update(
+        update, settled, place.store, place.settings.device, budget=place.settings.budget, report=_report()
+    )
 
 
 @once(version=2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput
 from storage.manifest import Lineage, TensorRecord
 from storage.refs import UpdateRef, short
-from tasks.codecs import AnyCodec, Codec, Coded, Leaf, decode_parts
+from tasks.codecs import Codec, Coded, Facts, Leaf, Option, Parts, decode_parts
 from tasks.extract import HEAD
 from tasks.parallel import Budget, Report, in_order
 from tasks.tensors import check_finite, decode_factors, dtype_name, prefixed, read_delta, read_tensor, unprefixed
@@ -23,7 +24,7 @@ Inputs = Mapping[str, Callable[[], Tensor]]  # of linear weights, by name: X^T X
 
 def compress_update(
     update: UpdateRef,
-    codec: AnyCodec,
+    codec: Codec,
     store: ArtifactStore,
     device: str = "cpu",
     *,
@@ -39,7 +40,10 @@ def compress_update(
     source = store.open(update, "update")
     work = _Work(source, codec, device, inputs or {})
     records = [record for record in source.manifest.tensors if not record.role.startswith(HEAD)]
-    facts = codec.survey(lambda: (leaf.delta for record in records for leaf in work.leaves(record)))
+    facts = [
+        one.survey(lambda: (leaf.delta for record in records for leaf in work.leaves(record)))
+        for one in codec.alternatives
+    ]
     lineage = Lineage("compress", {**source.manifest.lineage.inputs, "update": update}, codec.spec())
     draft = store.draft("update", lineage)
     for record in source.manifest.tensors:
@@ -54,7 +58,8 @@ def compress_update(
     ):
         draft.share(written)
     kept = {name: fact for name, fact in source.manifest.facts.items() if name != "norm"}  # that of the exact update
-    draft.facts.update({**kept, **facts, **sizes(draft.records)})
+    found = facts[0] if len(facts) == 1 else {"alternatives": [dict(one) for one in facts]}
+    draft.facts.update({**kept, **found, **sizes(draft.records)})
     return UpdateRef(draft.commit())
 
 
@@ -110,37 +115,50 @@ class _Work:
             )
         return self.source.store.open(ref, "checkpoint")
 
-    def write(self, record: TensorRecord, facts: Mapping[str, float]) -> TensorRecord:
+    def write(self, record: TensorRecord, facts: Sequence[Facts]) -> TensorRecord:
         """The record of one tensor, coded and stored."""
         if record.rank is not None and self.codec.keeps_factors:
             return record
         leaves = list(self.leaves(record))
-        codec, its_facts = self.codec.choose(leaves, facts)
-        coded = [codec.encode(leaf, its_facts) for leaf in leaves]
-        onto = None
-        dtype, error = "F32", None
-        if coded[0].digest is not None:
-            base = self.side("base").record(record.name)
-            onto, dtype = base.blob, dtype_name(self.sides(record.name)[1].dtype)
-        else:
-            decoded = [_decoded(one, leaf.delta) for one, leaf in zip(coded, leaves, strict=True)]
-            dtype, error = dtype_name(decoded[0].dtype), _error(leaves, decoded)
-        parts = coded[0].parts if record.rank is None else {}
-        if record.rank is not None:
-            for factor, one in zip("AB", coded, strict=True):
-                parts |= prefixed(one.parts, factor)
+        written = [_written(codec, leaves, its) for codec, its in zip(self.codec.alternatives, facts, strict=True)]
+        options = [Option(sum(part.nbytes for part in one.parts.values()), one.error or 0.0) for one in written]
+        chosen = written[self.codec.pick(options)]
+        onto = None if chosen.digest is None else self.side("base").record(record.name).blob
+        dtype = chosen.dtype if chosen.digest is None else dtype_name(self.sides(record.name)[1].dtype)
         return self.source.store.write_tensor(
             record.name,
-            parts,
+            chosen.parts,
             role=record.role,
             dtype=dtype,
             shape=record.shape,
-            codec=coded[0].codec,
-            rank=record.rank if coded[0].rank is None else coded[0].rank,
+            codec=chosen.codec,
+            rank=record.rank if chosen.rank is None else chosen.rank,
             onto=onto,
-            digest=coded[0].digest,
-            error=error,
+            digest=chosen.digest,
+            error=chosen.error,
         )
+
+
+class _Written(NamedTuple):
+    parts: Parts
+    codec: str
+    dtype: str
+    rank: int | None
+    digest: str | None
+    error: float | None
+
+
+def _written(codec: Codec, leaves: list[Leaf], facts: Facts) -> _Written:
+    """What a codec makes of a tensor, or of its two factors, decoded again to see what it lost."""
+    coded = [codec.encode(leaf, facts) for leaf in leaves]
+    parts = coded[0].parts if len(coded) == 1 else {}
+    if len(coded) == 2:
+        parts = prefixed(coded[0].parts, "A") | prefixed(coded[1].parts, "B")
+    first = coded[0]
+    if first.digest is not None:
+        return _Written(parts, first.codec, "", None, first.digest, None)
+    decoded = [_decoded(one, leaf.delta) for one, leaf in zip(coded, leaves, strict=True)]
+    return _Written(parts, first.codec, dtype_name(decoded[0].dtype), first.rank, None, _error(leaves, decoded))
 
 
 def _decoded(coded: Coded, delta: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Codecs: how the numbers of an update are written. `AnyCodec` is the list of choices; one file each."""
+"""Codecs: how the numbers of an update are written. `AnyCodec` is the list of choices; one file each.
+
+A new codec is added to the union in `plain.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from torch import Tensor
 
 from storage.errors import Damaged
 from tasks.choice import BY_NAME, choices
-from tasks.codecs.base import Codec, Coded, Leaf, Parts, decoder
+from tasks.codecs.base import Codec, Coded, Facts, Leaf, Option, Parts, Trial, decoder
 from tasks.codecs.dense import Dense, dense_parts
+from tasks.codecs.plain import Plain
 from tasks.codecs.ternary import Ternary
 from tasks.codecs.ternary_1 import decode_ternary_1
 
-AnyCodec = Annotated[Dense | Ternary, BY_NAME]
+AnyCodec = Annotated[Plain, BY_NAME]
 
 CODECS: dict[str, type[Codec]] = choices(AnyCodec)
 Reader = TypeVar("Reader", bound=Callable[..., Tensor])
@@ -29,9 +33,12 @@ __all__ = [
     "Codec",
     "Coded",
     "Dense",
+    "Facts",
     "Leaf",
+    "Option",
     "Parts",
     "Ternary",
+    "Trial",
     "decode_parts",
     "decoder",
     "dense_parts",

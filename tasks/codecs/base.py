@@ -50,6 +50,20 @@ class Coded(NamedTuple):
     digest: str | None = None
 
 
+class Option(NamedTuple):
+    """What an alternative made of a tensor: bytes, and relative Frobenius error."""
+
+    bytes: int
+    error: float
+
+
+class Trial(NamedTuple):
+    """What a codec made of an update: bytes of its files, and the score of base plus update on examples."""
+
+    bytes: int
+    score: float
+
+
 class Codec(Choice):
     """A codec writes tensors of floats as parts (a dict of tensors) and reads them back.
 
@@ -75,9 +89,19 @@ class Codec(Choice):
         """
         return {}
 
-    def choose(self, leaves: Sequence[Leaf], facts: Facts) -> tuple[Codec, Facts]:
-        """The codec for one tensor (`leaves`: the tensor, or its two factors), and the facts of that codec."""
-        return self, facts
+    @property
+    def alternatives(self) -> tuple[Codec, ...]:
+        """The codecs that write each tensor, for `pick` to choose from: this one alone, for most."""
+        return (self,)
+
+    def pick(self, options: Sequence[Option]) -> int:
+        """Which of the alternatives' results to keep for one tensor."""
+        return 0
+
+    @property
+    def examples(self) -> int:
+        """Rows of the task's training split that its layers' inputs are taken from (`Leaf.inputs`)."""
+        return 0
 
     def encode(self, leaf: Leaf, facts: Facts) -> Coded:
         raise NotImplementedError
@@ -93,8 +117,12 @@ class Codec(Choice):
         raise NotImplementedError
 
     def trials(self) -> Sequence[Self]:
-        """Codecs to be tried on a suite, of which one takes this one's place; none for most."""
+        """Codecs to be tried on examples of the task, of which one takes this one's place; none for most."""
         return ()
+
+    def best(self, exact: float, tried: Sequence[Trial]) -> int:
+        """Which of the trials takes this one's place. `exact`: the score of the update before it was compressed."""
+        raise NotImplementedError
 
 
 def decoder(codec: Codec | type[Codec]) -> str:

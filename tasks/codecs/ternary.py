@@ -24,7 +24,7 @@ from torch import Tensor
 
 from storage.errors import Damaged
 from tasks.choice import require
-from tasks.codecs.base import Codec, Coded, Facts, Leaf, Parts, decoder
+from tasks.codecs.base import Codec, Coded, Facts, Leaf, Parts, Trial, decoder
 from tasks.codecs.streams import (
     Numbers,
     exactly,
@@ -74,6 +74,10 @@ class Ternary(Codec):
         if self.alpha != "grid":
             return ()
         return [replace(self, alpha=alpha) for alpha in ("projection", "norm", *ALPHAS)]
+
+    def best(self, exact: float, tried: Sequence[Trial]) -> int:
+        """The highest score, of equals the first."""
+        return max(range(len(tried)), key=lambda number: tried[number].score)
 
     def survey(self, deltas: Stream) -> Facts:
         """`threshold` and `magnitude` for the whole update."""

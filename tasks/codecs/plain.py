@@ -1,0 +1,12 @@
+"""The codecs that write a tensor by themselves. `auto` chooses among them; `AnyCodec` has them all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from tasks.choice import BY_NAME
+from tasks.codecs.dense import Dense
+from tasks.codecs.ternary import Ternary
+
+Plain = Dense | Ternary  # a new codec goes here
+AnyPlain = Annotated[Plain, BY_NAME]
