@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from storage.errors import InvalidInput
+from tasks.codecs import CODECS
 from tasks.mergers import MERGERS, Joint
 from tasks.recipe import Recipe
 from tasks.scalings import SCALINGS
@@ -26,6 +27,10 @@ _SENTENCE = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)\.(?=\s|$)")
 _ARXIV = re.compile(r"arXiv \d{4}\.\d{4,5}")
 _SETTING = re.compile(r"\s*\w+(, \w+)*: ")
 _ENTRY = re.compile(r"\s*\S+( \S+)*?\s{2,}(?=\S)")  # the word that an indented line explains, and the gap after it
+
+Families = Mapping[str, Mapping[str, Any]]  # the key of a config, and the choices there
+MERGING: Families = {"merger": MERGERS, "sparsify": SPARSIFIERS, "scaling": SCALINGS}
+CODING: Families = {"codec": CODECS}
 
 _SEQUENTIAL = "sequential mergers: updates are folded in one by one, in constant memory"
 _JOINT = "joint mergers: the updates are read together when the model is written"
@@ -57,9 +62,22 @@ def overview(width: int) -> Iterator[str | Table]:
     yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
 
 
-def about(name: str, width: int) -> Iterator[str | Table]:
-    """Everything about one merger, sparsifier or scaling."""
-    families: dict[str, Mapping[str, Any]] = {"merger": MERGERS, "sparsify": SPARSIFIERS, "scaling": SCALINGS}
+def codecs(width: int) -> Iterator[str | Table]:
+    """All codecs, for a terminal of `width` columns."""
+    table = _table("codecs: how the numbers of an update are written", "name", "keeps", "source", "what it does")
+    for name, kind in CODECS.items():
+        keeps = "every bit" if kind.lossless else "the numbers" if name == "dense" else "about"
+        table.add_row(name, keeps, escape(_source(kind)), escape(_summary(kind)))
+    yield table
+    notes = (
+        "Settings of one: `deltaworks codecs NAME`. What each would make of an update: `deltaworks inspect UPDATE`.",
+        "In a config:  codec: {name: NAME}.  For one update:  deltaworks compress UPDATE NAME",
+    )
+    yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
+
+
+def about(name: str, width: int, families: Families = MERGING) -> Iterator[str | Table]:
+    """Everything about one choice of these families."""
     role = next((role for role, family in families.items() if name in family), None)
     if role is None:
         known = [one for family in families.values() for one in family]
@@ -82,11 +100,16 @@ def about(name: str, width: int) -> Iterator[str | Table]:
         yield escape(textwrap.fill(line, min(width, _WIDE), subsequent_indent="  "))
     example = ", ".join([f"name: {name}", *(f"{one.name}: {_default(one)}" for one in settings[:1])])
     yield f"\nin a config:     {role}: {{{example}}}"
-    yield f"for a line:      deltaworks line rebuild LINE --{role} {name}"
+    if role == "codec":
+        yield f"for an update:   deltaworks compress UPDATE {name}"
+    else:
+        yield f"for a line:      deltaworks line rebuild LINE --{role} {name}"
 
 
 def _nature(role: str, kind: Any) -> str:
     source = getattr(kind, "source", "") or _source(kind)
+    if role == "codec":
+        return f"a {'lossless' if kind.lossless else 'lossy'} codec, {source}"
     if role != "merger":
         return ", ".join(text for text in ("a sparsifier" if role == "sparsify" else "a scaling", source) if text)
     nature = "a joint merger" if issubclass(kind, Joint) else "a sequential merger"
@@ -96,6 +119,8 @@ def _nature(role: str, kind: Any) -> str:
 
 def _company(role: str, kind: Any) -> Iterator[str]:
     """What a choice can be put together with, asked of the recipe itself."""
+    if role == "codec":
+        return
     if role == "merger":
         for key, family in (("sparsify", SPARSIFIERS), ("scaling", SCALINGS)):
             yield _together(f"goes with {key}", {one: _refusal(kind, {key: made}) for one, made in family.items()})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.codec_commands import codecs, compress
 from flows.line_commands import line_app
 from flows.merge_command import merge
 from flows.terminal import (
@@ -48,6 +49,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks mergers                    every way to merge, and its settings
 
+  deltaworks codecs                     every way to write an update smaller
+
   deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
@@ -75,6 +78,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 )
 app.add_typer(line_app, name="line")
 app.command()(merge)
+app.command()(codecs)
+app.command()(compress)
 
 
 @app.command()

@@ -89,7 +89,8 @@ def show_artifact(artifact: Artifact) -> Iterator[str | Table]:
         origin.add_row(f"fact {name}", f"{value:,}" if isinstance(value, int) else str(value))
     yield origin
     tensors = Table(title="tensors", title_justify="left")
-    for column in ("role", "codec", "tensors", "numbers", "bytes"):
+    lossy = any(record.error is not None for record in manifest.tensors)
+    for column in ("role", "codec", "tensors", "numbers", "bytes", *(["bits each", "error"] if lossy else [])):
         tensors.add_column(column, justify="left" if column in ("role", "codec") else "right")
     groups: dict[tuple[str, str], list[TensorRecord]] = {}
     for record in manifest.tensors:
@@ -98,10 +99,22 @@ def show_artifact(artifact: Artifact) -> Iterator[str | Table]:
     for (role, codec), records in sorted(groups.items()):
         numbers = sum(record.elements for record in records)
         size = sum(record.bytes for record in records)
-        tensors.add_row(role, codec, str(len(records)), f"{numbers:,}", f"{size:,}")
+        measured = [_bits_each(size, numbers), _largest_error(records)] if lossy else []
+        tensors.add_row(role, codec, str(len(records)), f"{numbers:,}", f"{size:,}", *measured)
     yield tensors if manifest.tensors else "no tensors of its own"
+    if lossy:
+        yield "bytes are those of whole files; error: what the codec lost of a tensor's norm, the worst of each row"
     for name, asset in sorted(manifest.assets.items()):
         yield f"file {name}: {asset.bytes:,} bytes"
+
+
+def _bits_each(size: int, numbers: int) -> str:
+    return f"{8 * size / numbers:.2f}" if numbers else "-"
+
+
+def _largest_error(records: Sequence[TensorRecord]) -> str:
+    errors = [record.error for record in records if record.error is not None]
+    return f"{max(errors):.1%}" if errors else "none"
 
 
 def _settings(choice: Mapping[str, Any]) -> str:

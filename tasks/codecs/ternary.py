@@ -1,4 +1,4 @@
-"""Ternary: ComPEFT (arXiv 2311.13171). The largest `density` of all entries keep their sign, and share one magnitude.
+"""Ternary: the largest entries of an update keep their signs and share one magnitude, as in ComPEFT (arXiv 2311.13171).
 
 Selection and scale follow the released code (`compress_and_update_llama_adaptors`): one threshold for the whole
 update, the entry at rank d - int(d * density) of the sorted magnitudes, `>=`, so int(d * density) + 1 entries and
