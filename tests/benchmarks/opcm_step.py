@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from torch import Tensor
 
 from storage.artifacts import ArtifactStore
 from storage.manifest import Lineage
@@ -21,17 +22,19 @@ from storage.objects import DirectoryObjects
 from storage.refs import CheckpointRef, StateRef, UpdateRef
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import MERGERS
+from tasks.mergers import Opcm
+from tasks.mergers.base import Target
 from tasks.naming import Skeleton
-from tasks.parallel import Budget
+from tasks.parallel import Budget, in_order
 from tasks.recipe import Recipe
+from tasks.tensors import read_tensor
 from tests.benchmarks.rows import Row, times
 from tests.benchmarks.usage import Usage, in_own_process, tell
 
 _PEER = Path(__file__).parent / "peers" / "opcm_fusion_bench.py"
 _SETTINGS = {
-    "exact": {"alpha": 0.5},
-    "diagonal left in": {"alpha": 0.5, "diagonal": "leave"},
+    "exact": Opcm(alpha=0.5),
+    "diagonal left in": Opcm(alpha=0.5, diagonal="leave"),
 }
 
 
@@ -53,11 +56,14 @@ def tower(store: ArtifactStore) -> tuple[CheckpointRef, list[UpdateRef]]:
 
 
 def rows() -> Iterator[Row]:
-    """Ours includes reading from the disk, checking digests, writing the state and writing the merged model."""
+    """Twice: what the peer does, from memory into memory; and the whole step of a line, with reading from the disk,
+    checking digests, writing the state and writing the merged model."""
     ours: dict[tuple[str, int], Usage] = {}
-    for setting in _SETTINGS:
-        for cores in (1, 2):
-            ours[setting, cores] = in_own_process("tests.benchmarks.opcm_step", setting, str(cores))[0]
+    for how, flag in (("in memory", ["memory"]), ("with store", [])):
+        for setting in _SETTINGS:
+            for cores in (1, 2):
+                found = in_own_process("tests.benchmarks.opcm_step", setting, str(cores), *flag)[0]
+                ours[f"{setting}, {how}", cores] = found
     peer = os.environ.get("FUSION_BENCH")
     theirs = {n: in_own_process(str(_PEER), threads=n, python=peer)[0] for n in (1, 2)} if peer else {}
     for (setting, cores), usage in ours.items():
@@ -76,13 +82,36 @@ def rows() -> Iterator[Row]:
         )
 
 
+def _arithmetic(setting: str, cores: int) -> None:
+    """The same numbers from memory and into memory, as the peer has them: no files, no digests."""
+    torch.set_num_threads(1)
+    merger = _SETTINGS[setting]
+    with TemporaryDirectory() as folder:
+        store = ArtifactStore(DirectoryObjects(Path(folder)))
+        base, updates = tower(store)
+        root, first, second = (store.open(ref) for ref in (base, *updates))
+        held = [{name: read_tensor(one, name).clone() for name in one.names} for one in (root, first, second)]
+    facts: dict[str, float] = {"count": 1, "norms": 1.0, "scale": 1.0}
+
+    def merged(name: str) -> Tensor:
+        target = Target(name, root.record(name).role)
+        state, _ = merger.fold(None, held[1][name], target, {}, {})
+        state, _ = merger.fold(state, held[2][name], target, facts, {})
+        return held[0][name] + merger.delta(state, facts, target)
+
+    def size(name: str) -> float:
+        return 24.0 * held[0][name].numel()
+
+    tell(lambda: list(in_order(root.names, merged, size, Budget(workers=cores))))
+
+
 def _step(setting: str, cores: int) -> None:
     """Fold the second update and write the model, once, in this process."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         store = ArtifactStore(DirectoryObjects(Path(folder)))
         base, (first, second) = tower(store)
-        recipe, budget = Recipe(MERGERS["opcm"](**_SETTINGS[setting])), Budget(workers=cores)
+        recipe, budget = Recipe(_SETTINGS[setting]), Budget(workers=cores)
         state = fold_update(base, None, first, recipe, store, budget=budget)
 
         def work() -> None:
@@ -94,7 +123,7 @@ def _step(setting: str, cores: int) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _step(sys.argv[1], int(sys.argv[2]))
+        (_arithmetic if sys.argv[3:] else _step)(sys.argv[1], int(sys.argv[2]))
     else:
         for row in rows():
             print(row)
