@@ -62,8 +62,8 @@ def rows() -> Iterator[Row]:
     for how, flag in (("in memory", ["memory"]), ("with store", [])):
         for setting in _SETTINGS:
             for cores in (1, 2):
-                found = in_own_process("tests.benchmarks.opcm_step", setting, str(cores), *flag)[0]
-                ours[f"{setting}, {how}", cores] = found
+                usage = in_own_process("tests.benchmarks.opcm_step", setting, str(cores), *flag)[0]
+                ours[f"{setting}, {how}", cores] = usage
     peer = os.environ.get("FUSION_BENCH")
     theirs = {n: in_own_process(str(_PEER), threads=n, python=peer)[0] for n in (1, 2)} if peer else {}
     for (setting, cores), usage in ours.items():
