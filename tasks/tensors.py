@@ -8,9 +8,10 @@ from torch import Tensor
 from storage.artifacts import Artifact
 from storage.blobs import DTYPES, Parts
 from storage.errors import Damaged, InvalidInput, Mismatch
-from storage.manifest import TensorRecord, digest
+from storage.manifest import TensorRecord
 from storage.refs import short
 from tasks.codecs import decode_parts, is_lossless, restore_parts
+from tasks.codecs.streams import meta_of, tensor_digest
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,8 +36,11 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     if is_lossless(record.codec):
         if onto is None:
             raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
-        restored = restore_parts(record.codec, artifact.parts(name), record.shape, onto)
-        return _checked(restored, artifact, record, device)
+        parts = artifact.parts(name)
+        restored = restore_parts(record.codec, parts, record.shape, onto)
+        if tensor_digest(restored) != record.digest or restored.dtype != DTYPES[record.dtype]:
+            _refuse(artifact, record, parts, onto)
+        return restored.to(device)
     decoded = decode_record(record, artifact.parts(name), device)
     if onto is not None:
         decoded = onto.to(device, wide(onto, decoded)) + decoded
@@ -60,22 +64,20 @@ def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
     return None if parts is None else decode_parts("dense@1", parts, record.shape)
 
 
-def _checked(tensor: Tensor, artifact: Artifact, record: TensorRecord, device: str) -> Tensor:
-    """A tensor that a lossless codec decoded, if it is the one that was written."""
-    found = tensor_digest(tensor)
-    if found != record.digest or tensor.dtype != DTYPES[record.dtype]:
-        raise Damaged(
-            f"tensor {record.name!r} of {short(artifact.ref)} decodes to other bytes ({found[:12]}…) than were written "
-            f"({str(record.digest)[:12]}…)",
-            remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
+def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
+    """Say why what was restored is not what was written: another base, or damage."""
+    stated, found = meta_of(parts, record.shape).get("base") if parts else record.digest, tensor_digest(onto)
+    if stated != found:
+        raise Mismatch(
+            f"the base of tensor {record.name!r} of {short(artifact.ref)}",
+            expected=f"numbers with sha256 {str(stated)[:12]}…",
+            found=f"{found[:12]}…",
+            remedy="It can be restored only from the base that it was written against",
         )
-    return tensor.to(device)
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of the tensor's numbers as they lie in memory, row by row, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return digest(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    raise Damaged(
+        f"tensor {record.name!r} of {short(artifact.ref)} does not come back as it was written: its digest differs",
+        remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
+    )
 
 
 def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:

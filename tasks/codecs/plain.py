@@ -6,7 +6,8 @@ from typing import Annotated
 
 from tasks.choice import BY_NAME
 from tasks.codecs.dense import Dense
+from tasks.codecs.exact import Exact
 from tasks.codecs.ternary import Ternary
 
-Plain = Dense | Ternary  # a new codec goes here
+Plain = Dense | Exact | Ternary  # a new codec goes here
 AnyPlain = Annotated[Plain, BY_NAME]

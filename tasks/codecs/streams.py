@@ -20,7 +20,7 @@ from pcodec import standalone
 from torch import Tensor
 
 from storage.errors import Damaged
-from storage.manifest import canonical
+from storage.manifest import canonical, digest
 from tasks.codecs.base import Parts
 
 Bytes = NDArray[np.uint8]
@@ -91,6 +91,12 @@ def exactly(data: Bytes, size: int, key: str) -> Bytes:
     if data.size != size:
         raise Damaged(f"part {key!r} must have {size:,} bytes, found {data.size:,}")
     return data
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's numbers as they lie in memory, row by row, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return digest(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 def narrow(values: NDArray[Any]) -> Numbers:
