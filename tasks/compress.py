@@ -13,10 +13,10 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput
 from storage.manifest import Lineage, TensorRecord
 from storage.refs import UpdateRef, short
-from tasks.codecs import Codec, Coded, Facts, Leaf, Option, Parts, decode_parts
+from tasks.codecs import Codec, Coded, Dense, Facts, Leaf, Option, Parts, decode_parts
 from tasks.extract import HEAD
 from tasks.parallel import Budget, Report, in_order
-from tasks.tensors import check_finite, decode_factors, dtype_name, prefixed, read_delta, read_tensor, unprefixed
+from tasks.tensors import check_finite, decode_factors, dtype_name, prefixed, read_delta, read_tensor, unprefixed, wide
 
 _WORKSPACE = 6  # tensors' sizes in float32 that coding and measuring one of them takes
 Inputs = Mapping[str, Callable[[], Tensor]]  # of linear weights, by name: X^T X / rows of what their module was given
@@ -120,7 +120,10 @@ class _Work:
         if record.rank is not None and self.codec.keeps_factors:
             return record
         leaves = list(self.leaves(record))
-        written = [_written(codec, leaves, its) for codec, its in zip(self.codec.alternatives, facts, strict=True)]
+        written = [
+            _written(Dense() if codec.keeps_factors and record.rank is not None else codec, leaves, its)
+            for codec, its in zip(self.codec.alternatives, facts, strict=True)
+        ]
         options = [Option(sum(part.nbytes for part in one.parts.values()), one.error or 0.0) for one in written]
         chosen = written[self.codec.pick(options)]
         onto = None if chosen.digest is None else self.side("base").record(record.name).blob
@@ -168,7 +171,7 @@ def _decoded(coded: Coded, delta: Tensor) -> Tensor:
     rows, columns = shape
     left = decode_parts(coded.codec, unprefixed(coded.parts, "B"), (rows, coded.rank))
     right = decode_parts(coded.codec, unprefixed(coded.parts, "A"), (coded.rank, columns))
-    return left @ right
+    return left.to(wide(left)) @ right.to(wide(right))
 
 
 def _error(leaves: list[Leaf], decoded: list[Tensor]) -> float:
@@ -177,5 +180,7 @@ def _error(leaves: list[Leaf], decoded: list[Tensor]) -> float:
         wanted, found = leaves[0].delta.cpu(), decoded[0]
     else:
         wanted, found = leaves[1].delta.cpu() @ leaves[0].delta.cpu(), decoded[1] @ decoded[0]
-    norm, off = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (wanted, found - wanted))
+    norm, off = (
+        float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (wanted, found.to(wide(wanted)) - wanted)
+    )
     return off / norm if norm else 0.0

@@ -51,7 +51,7 @@ def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     """Tensor `name` of an update: float32 or float64, as it was decoded, or tuned minus base where both are exact."""
     record = artifact.record(name)
     if not is_lossless(record.codec):
-        return decode_record(record, artifact.parts(name), device)
+        return _widened(decode_record(record, artifact.parts(name), device))
     tuned = read_tensor(artifact, name, device)
     onto = _onto(artifact, record)
     assert onto is not None
@@ -93,7 +93,11 @@ def decode_factors(record: TensorRecord, parts: Parts) -> tuple[Tensor, Tensor]:
     rows, columns = record.shape
     shapes = {"B": (rows, record.rank), "A": (record.rank, columns)}
     found = {factor: decode_parts(record.codec, unprefixed(parts, factor), shape) for factor, shape in shapes.items()}
-    return found["B"], found["A"]
+    return _widened(found["B"]), _widened(found["A"])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(wide(tensor))
 
 
 def prefixed(parts: Parts, factor: str) -> Parts:

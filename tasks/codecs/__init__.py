@@ -12,13 +12,15 @@ from torch import Tensor
 
 from storage.errors import Damaged
 from tasks.choice import BY_NAME, choices
+from tasks.codecs.auto import Auto
 from tasks.codecs.base import Codec, Coded, Facts, Leaf, Option, Parts, Trial, decoder
 from tasks.codecs.dense import Dense, dense_parts
+from tasks.codecs.exact import Exact
 from tasks.codecs.plain import Plain
 from tasks.codecs.ternary import Ternary
 from tasks.codecs.ternary_1 import decode_ternary_1
 
-AnyCodec = Annotated[Plain, BY_NAME]
+AnyCodec = Annotated[Plain | Auto, BY_NAME]
 
 CODECS: dict[str, type[Codec]] = choices(AnyCodec)
 Reader = TypeVar("Reader", bound=Callable[..., Tensor])
@@ -30,9 +32,11 @@ _RESTORERS = {decoder(codec): codec.restore for codec in CODECS.values() if code
 __all__ = [
     "CODECS",
     "AnyCodec",
+    "Auto",
     "Codec",
     "Coded",
     "Dense",
+    "Exact",
     "Facts",
     "Leaf",
     "Option",

@@ -16,14 +16,21 @@ from torch import Tensor
 from storage.blobs import encode_parts
 from storage.errors import Damaged
 from tasks.codecs import CODECS, Codec, Leaf, Parts, decode_parts
+from tasks.tensors import unprefixed
 
 SHAPES = [(), (0,), (1,), (7,), (1000,), (3, 0), (33, 17), (2, 3, 4, 5)]
 
 
-LOSSY = {name: codec for name, codec in CODECS.items() if not codec.lossless}  # the others: tests/tasks/test_exact.py
+# lossless ones: tests/tasks/test_exact.py; `auto` writes nothing by itself: tests/tasks/test_auto.py
+WRITERS = {name: codec for name, codec in CODECS.items() if not codec.lossless and codec().alternatives == (codec(),)}
+# what is written once is on no grid that a second look would find again: DARE rescales what it keeps, the range of a
+# row shrinks with rounding, singular values are computed
+DRIFTING = {"dare", "rtn", "low_rank"}
+SPREADING = {"low_rank"}  # a product of factors has no zeros and signs of its own
+PER_TENSOR = {"rtn", "bitdelta", "dare", "low_rank"}  # scales of rows and matrices, masks by tensor
 
 
-@pytest.fixture(params=LOSSY.values(), ids=LOSSY.keys())
+@pytest.fixture(params=WRITERS.values(), ids=WRITERS.keys())
 def codec(request: pytest.FixtureRequest) -> Codec:
     """Every codec of the table, with its defaults."""
     made: Codec = request.param()
@@ -34,7 +41,13 @@ def through_file(codec: Codec, delta: Tensor, facts: object = None) -> Tensor:
     """Encoded, written as a file, read, and decoded from the parts and the shape alone."""
     known = codec.survey(lambda: [delta]) if facts is None else facts
     coded = codec.encode(Leaf("layers.0.weight", "linear.weight", delta), known)  # type: ignore[arg-type]
-    decoded = decode_parts(coded.codec, safetensors.torch.load(encode_parts(coded.parts)), tuple(delta.shape))
+    parts = safetensors.torch.load(encode_parts(coded.parts))
+    if coded.rank is None:
+        decoded = decode_parts(coded.codec, parts, tuple(delta.shape)).float()
+    else:
+        rows, columns = delta.shape
+        left = decode_parts(coded.codec, unprefixed(parts, "B"), (rows, coded.rank)).float()
+        decoded = left @ decode_parts(coded.codec, unprefixed(parts, "A"), (coded.rank, columns)).float()
     assert decoded.shape == delta.shape
     return decoded
 
@@ -51,6 +64,8 @@ def drawn(shape: tuple[int, ...], seed: int = 0, zeros: float = 0.3) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_second_round_trip_changes_nothing(codec: Codec, shape: tuple[int, ...]) -> None:
+    if codec.name in DRIFTING:
+        pytest.skip("see DRIFTING")
     delta = drawn(shape)
     facts = codec.survey(lambda: [delta])
     once = through_file(codec, delta, facts)
@@ -60,7 +75,7 @@ def test_a_second_round_trip_changes_nothing(codec: Codec, shape: tuple[int, ...
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_zeros_stay_zeros(codec: Codec, shape: tuple[int, ...]) -> None:
     delta = drawn(shape)
-    assert not through_file(codec, delta)[delta == 0].any()
+    assert codec.name in SPREADING or not through_file(codec, delta)[delta == 0].any()
     nothing = torch.zeros(shape)
     assert torch.equal(through_file(codec, nothing), nothing)
 
@@ -72,7 +87,7 @@ def test_an_update_of_zeros_costs_a_header_only(codec: Codec) -> None:
 
 def test_signs_are_never_flipped(codec: Codec) -> None:
     delta = drawn((64, 64))
-    assert (through_file(codec, delta) * delta >= 0).all()
+    assert codec.name in SPREADING or (through_file(codec, delta) * delta >= 0).all()
     assert through_file(codec, delta).any()
 
 
@@ -95,6 +110,8 @@ def test_memory_layout_does_not_matter(codec: Codec, view) -> None:  # type: ign
 
 def test_the_survey_sees_the_whole_update(codec: Codec) -> None:
     """However an update is cut into tensors, each entry is coded the same."""
+    if codec.name in PER_TENSOR:
+        pytest.skip("see PER_TENSOR")
     whole = drawn((40, 25))
     pieces = [whole[:3], whole[3:4], whole[4:]]
     facts = codec.survey(lambda: pieces)
@@ -112,7 +129,7 @@ ELEMENTS = st.sampled_from([0.0, -0.0, 1e-3, -1e-3, 2e-3, 1.4e-45, -1e-40]) | st
 SHAPE = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=12)
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", WRITERS)
 def test_any_floats(name: str) -> None:
     """Ties, many zeros and denormals included: idempotent, zeros and signs kept, everything finite."""
     codec: Codec = CODECS[name]()
@@ -124,19 +141,59 @@ def test_any_floats(name: str) -> None:
         facts = codec.survey(lambda: [delta])
         once = through_file(codec, delta, facts)
         assert torch.isfinite(once).all()
-        assert not once[delta == 0].any()
-        assert (once.sign() * delta.sign() >= 0).all()
-        assert torch.equal(through_file(codec, once, facts), once)
+        if name not in SPREADING:
+            assert not once[delta == 0].any()
+            assert (once.sign() * delta.sign() >= 0).all()
+        if name not in DRIFTING:
+            assert torch.equal(through_file(codec, once, facts), once)
 
     holds()
 
 
-def test_shapes_are_given_not_stored(codec: Codec) -> None:
+def test_other_shapes_are_refused_or_make_no_difference(codec: Codec) -> None:
     delta = drawn((6, 4))
-    parts = written(codec, delta)
+    coded = codec.encode(Leaf("weight", "linear.weight", delta), codec.survey(lambda: [delta]))
+    if coded.rank is not None:
+        return  # factors have the shapes that the record says
     for shape in [(24,), (4, 6), (2, 3, 4)]:
         assert prod(shape) == delta.numel()
-        assert torch.equal(codec.decode(parts, shape), codec.decode(parts, (6, 4)).reshape(shape))
+        found = decode_parts(coded.codec, coded.parts, shape)
+        assert torch.equal(found, decode_parts(coded.codec, coded.parts, (6, 4)).reshape(shape))
+    for shape in [(25,), (5, 4), ()]:
+        with pytest.raises(Damaged):
+            decode_parts(coded.codec, coded.parts, shape)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_altered_bytes_never_crash(name: str) -> None:
+    """Whatever the bytes are: Damaged, or a tensor of the right shape. Blobs are held against their digests before."""
+    codec: Codec = WRITERS[name]()
+    delta = drawn((40, 50))
+    coded = codec.encode(Leaf("weight", "linear.weight", delta), codec.survey(lambda: [delta]))
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        parts = dict(coded.parts)
+        key = data.draw(st.sampled_from(sorted(parts)))
+        if parts[key].dtype != torch.uint8:
+            return  # dense numbers, whatever they are
+        raw = bytearray(parts[key].numpy().tobytes())
+        if data.draw(st.booleans()):
+            raw = raw[: data.draw(st.integers(0, len(raw)))]
+        for _ in range(data.draw(st.integers(0, 4))):
+            if raw:
+                raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        parts[key] = torch.tensor(list(raw), dtype=torch.uint8)
+        if data.draw(st.integers(0, 9)) == 0:
+            del parts[key]
+        try:
+            found = decode_parts(coded.codec, parts, (40, 50)) if coded.rank is None else delta
+        except Damaged:
+            return
+        assert found.shape == (40, 50)
+
+    holds()
 
 
 def test_an_unknown_codec_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.torch import load_file
 from torch import Tensor
 
 from storage.artifacts import ArtifactStore
@@ -27,6 +29,7 @@ from tasks.extract import Extract, extract_update
 from tasks.tensors import dtype_name, read_delta, read_tensor
 from tests.builders import memory_store
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "compress"
 FLOATS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32, torch.float64: np.uint64}
 
 
@@ -131,6 +134,18 @@ def test_at_most_half_of_what_byte_differences_take(share: float) -> None:
     assert same_bits(found, tuned)
     xor = (bits_of(base) ^ bits_of(tuned)).tobytes()
     assert size < (0.5 if share < 0.5 else 0.67) * len(zstandard.ZstdCompressor(level=1).compress(xor))
+
+
+def test_smaller_than_what_slime_ships() -> None:
+    """Its two layouts, as its own code wrote them, each through zstd level 1."""
+    sides, layouts = (load_file(GOLDEN / f"slime_lossless.{side}.safetensors") for side in ("in", "out"))
+    found, size = there_and_back(sides["base"], sides["finetuned"])
+    assert same_bits(found, sides["finetuned"])
+    xor = bits_of(sides["base"]) ^ bits_of(sides["finetuned"])
+    assert np.array_equal(xor.view(np.uint8), layouts["xor"].numpy())
+    press = zstandard.ZstdCompressor(level=1).compress
+    header = 300  # of our file, for a tensor of 8 KB
+    assert size - header < min(len(press(one.numpy().tobytes())) for one in layouts.values()) / 1.5
 
 
 @settings(max_examples=300, deadline=None)
