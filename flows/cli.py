@@ -8,12 +8,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flows.codec_commands import codecs, compress
+from flows.export_command import export
 from flows.line_commands import line_app
 from flows.merge_command import merge
 from flows.terminal import (
@@ -27,10 +27,6 @@ from flows.terminal import (
     errors_explained,
     open_workplace,
 )
-
-if TYPE_CHECKING:
-    from flows.workplace import Workplace
-    from storage.refs import Ref
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,6 +76,7 @@ app.add_typer(line_app, name="line")
 app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
+app.command()(export)
 
 
 @app.command()
@@ -130,28 +127,6 @@ def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one
         store = open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
             console.print(part)
-
-
-@app.command()
-def export(
-    what: Annotated[
-        str, typer.Argument(metavar="REF|LINE", help="A checkpoint's ref, or a line for its newest model.")
-    ],
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    quiet: Quiet = False,
-) -> None:
-    """Write a model as a Hugging Face folder: config, tokenizer, safetensors. `from_pretrained` loads it."""
-    with errors_explained():
-        place = open_workplace()
-        from flows.board import bar
-        from storage.refs import CheckpointRef
-        from tasks.export import export as write
-
-        model = CheckpointRef(_model(place, what))
-        with bar(console, "writing tensors", quiet) as report:
-            files = write(model, folder, place.store, report=report)
-        console.print(f"{len(files)} files in {folder}")
-        console.print(f'load it with AutoModel.from_pretrained("{folder}")')
 
 
 @app.command()
@@ -213,13 +188,6 @@ def ui(
         finally:
             for server in servers:
                 server.stop()
-
-
-def _model(place: Workplace, what: str) -> Ref:
-    """The checkpoint that `what` names: a ref, or the newest model of a line."""
-    from flows.steps import head_model
-
-    return place.store.resolve(what) if "/" in what else head_model(what)
 
 
 def main() -> None:

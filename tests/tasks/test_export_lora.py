@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -160,9 +161,21 @@ class TestLora:
         torch.testing.assert_close(
             outputs(loaded(base, one.out), given), outputs(one.tuned, given), atol=1e-5, rtol=1e-5
         )
-        found = merged(base, one.out)
-        for name, tensor in one.tuned.state_dict().items():
-            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+        loaded(base, one.out).save_pretrained(tmp_path / "again")
+        for folder in (one.out, tmp_path / "again"):
+            found = merged(base, folder)
+            for name, tensor in one.tuned.state_dict().items():
+                torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
+
+    def test_tied_weights_are_tied_in_the_adapter(self, tmp_path: Path) -> None:
+        one = case("LlamaForCausalLM", tmp_path)
+        export_lora(one.applied, one.out)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*tie")  # peft warns of adapters that do not say so
+            model = loaded(one.base, one.out).get_base_model()
+        copies = [module.modules_to_save["default"].weight for module in (model.model.embed_tokens, model.lm_head)]
+        assert copies[0] is copies[1]
+        assert torch.equal(copies[0], one.tuned.model.embed_tokens.weight)
 
     def test_a_bias_that_changes_alone(self, tmp_path: Path) -> None:
         base = tiny_model("GPT2LMHeadModel")

@@ -50,7 +50,7 @@ def test_the_best_factor_is_found_and_the_table_says_why(grown: Grown) -> None:
         (factor, "rot90", 200) for factor in spec.factors
     ]
     assert max(rows, key=lambda row: row["value"])["factor"] == 100.0
-    assert found.manifest.facts["means"]["100"] > 0.5 > found.manifest.facts["means"]["1"]
+    assert found.manifest.facts["means"]["100.0"] > 0.5 > found.manifest.facts["means"]["1.0"]
 
 
 def test_what_was_tried_is_not_kept(grown: Grown) -> None:
