@@ -3,6 +3,7 @@
 #   make ui         MLflow and Prefect on this machine                  make test-all  the slow ones too
 #   make lint       format, types, import directions                    make bench     speed and memory, as ratios
 #   make bench-merge  merging beside fusion_bench and mergekit, quality of every merger (half an hour)
+#   make bench-compress  codecs beside zstd, zipnn and others: bytes, speed, quality (ten minutes)
 #   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP    := .venv/bin/pip --disable-pip-version-check
 # one thread per process: faster for small models, and bit-identical between runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format bench bench-merge ui clean
+.PHONY: demo test test-all lint format bench bench-merge bench-compress ui clean
 
 demo: .venv/.user
 	.venv/bin/deltaworks run demo
@@ -40,6 +41,10 @@ bench: .venv/.dev
 # PARTS="opcm growth" runs some of them; FUSION_BENCH and MERGEKIT name the peers
 bench-merge: .venv/.dev
 	.venv/bin/python -m tests.benchmarks.merging $(PARTS)
+
+# PARTS="ternary lossless quality" likewise; SMALL=1 in a minute; zipnn takes part where it is installed
+bench-compress: .venv/.dev
+	.venv/bin/python -m tests.benchmarks.compressing $(PARTS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

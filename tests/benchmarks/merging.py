@@ -11,20 +11,17 @@ Peers are run where the environment names them, and their rows say so where it d
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from tests.benchmarks import growth, mergekit, opcm_step, quality
-from tests.benchmarks.rows import Row
-from tests.benchmarks.usage import Usage, machine
+from tests.benchmarks.rows import Row, chosen, run_parts
+from tests.benchmarks.usage import Usage
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,23 +51,15 @@ def digits(console: Console) -> list[Row]:
 PARTS = {"opcm": opcm, "mergekit": folders, "growth": cost, "quality": digits}
 
 
-def main(wanted: Iterable[str]) -> None:
-    torch.set_num_threads(1)
+def main() -> None:
     console = Console()
-    RESULTS.mkdir(exist_ok=True)
-    known = RESULTS / "rows.json"
-    found: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
-    for name in wanted or PARTS:
-        with console.status(f"{name} ..."):
-            rows = PARTS[name](console)
-        found[name] = {"machine": dict(machine()), "rows": [asdict(row) for row in rows]}
-        known.write_text(json.dumps(found, indent=1) + "\n")
-    _write_page(found)
+    _write_page(run_parts(PARTS, chosen(PARTS), RESULTS / "rows.json", console))
     console.print((RESULTS / "README.md").read_text(), markup=False)
 
 
 def _write_page(found: Mapping[str, Any]) -> None:
-    lines = ["# Merging, measured", "", "Written by `make bench-merge`; every ratio was taken in one run.", ""]
+    lines = ["# Merging, measured", "", "Written by `make bench-merge`; every ratio was taken in one run."]
+    lines += ["Compression has [a page of its own](compress.md).", ""]
     for name, part in found.items():
         lines += [f"## {name}", "", "; ".join(part["machine"].values()) + ".", ""]
         if part["rows"]:
@@ -146,7 +135,4 @@ def _draw_cost(sizes: list[tuple[str, str, Usage]], numbers: list[tuple[str, lis
 
 
 if __name__ == "__main__":
-    unknown = [name for name in sys.argv[1:] if name not in PARTS]
-    if unknown:
-        sys.exit(f"there is no benchmark {unknown[0]!r}; choose among {', '.join(PARTS)}")
-    main(sys.argv[1:])
+    main()

@@ -27,9 +27,15 @@ class Usage:
     peak: int
 
 
-def in_own_process(module: str, *arguments: str, threads: int = 1, python: str = sys.executable) -> list[Usage]:
-    """What `module`, run as a script with these arguments, tells of each piece of its work."""
-    environment = {**os.environ, **_STEADY, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+def in_own_process(
+    module: str, *arguments: str, threads: int = 1, python: str = sys.executable, steady: bool = True
+) -> list[Usage]:
+    """What `module`, run as a script with these arguments, tells of each piece of its work.
+
+    `steady`: give freed memory back at once, for peaks that can be compared. It costs time: pages are cleared anew.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment |= _STEADY if steady else {}
     start = ["-m", module] if python == sys.executable else [module]
     done = subprocess.run([python, *start, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -38,13 +44,18 @@ def in_own_process(module: str, *arguments: str, threads: int = 1, python: str =
 
 
 def tell(work: Callable[[], object]) -> None:
-    """Do the work and print its usage for `in_own_process`. Pages of mapped files count while they are held."""
+    """Do the work and print its usage for `in_own_process`."""
+    print(json.dumps(asdict(used(work))))
+
+
+def used(work: Callable[[], object]) -> Usage:
+    """Do the work. Pages of mapped files count while they are held."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing torch
     before = _resident("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     work()
     wall, spent = time.perf_counter() - start, time.process_time() - cpu
-    print(json.dumps(asdict(Usage(wall, spent, max(_resident("VmHWM") - before, 0)))))
+    return Usage(wall, spent, max(_resident("VmHWM") - before, 0))
 
 
 def machine() -> Mapping[str, str]:
