@@ -32,10 +32,11 @@ from tasks.codecs.streams import (
     with_meta,
     write_numbers,
 )
-from tasks.codecs.ulps import MANTISSAS, bits_of, by_exponent, from_bits, stepped, steps, taken
+from tasks.codecs.ulps import MANTISSAS, ByExponent, Unsigned, bits_of, from_bits, stepped, steps
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MOST = 0.3  # share of changed elements from which gaps save neither bytes nor time
+_MOST = 0.2  # share of changed elements from which gaps save neither bytes nor time
+_CHUNK = 1 << 14  # numbers that are modelled together: few exponents, and enough to pay for the model
 
 
 @dataclass(frozen=True)
@@ -109,40 +110,44 @@ def _from_planes(parts: Parts, dtype: torch.dtype, shape: tuple[int, ...]) -> Te
 
 
 def _stepwise(base: Tensor, tuned: Tensor) -> Form:
-    """`sparse`, or `steps` where nearly all changed."""
+    """`sparse`, or `steps` where many changed."""
     old, new = bits_of(base), bits_of(tuned)
-    changed, order = old != new, by_exponent(old, MANTISSAS[base.dtype])
-    if np.count_nonzero(changed) > _MOST * old.size:
-        return {"form": "steps"}, {"steps": write_numbers(taken(steps(old, new), order))}
-    places = np.flatnonzero(taken(changed, order))
-    where = order[places]
-    moved = steps(old[where], new[where]) - old.dtype.type(1)
+    moved = ByExponent(old, MANTISSAS[base.dtype]).ordered(steps(old, new))
+    places = np.flatnonzero(moved)
+    if places.size > _MOST * old.size:
+        return {"form": "steps"}, {"steps": write_numbers(moved, _CHUNK)}
     gaps = narrow(np.diff(places, prepend=-1) - 1)
-    return {"form": "sparse", "count": places.size}, {"gaps": write_numbers(gaps), "steps": write_numbers(moved)}
+    streams = {
+        "gaps": write_numbers(gaps, _CHUNK),
+        "steps": write_numbers(moved[places] - moved.dtype.type(1), _CHUNK),
+    }
+    return {"form": "sparse", "count": places.size}, streams
 
 
 def _from_steps(parts: Parts, meta: Mapping[str, Any], base: Tensor) -> Tensor:
     old = bits_of(base)
-    where = by_exponent(old, MANTISSAS[base.dtype])
-    count = old.size
     if meta["form"] == "sparse":
-        count = number(meta, "count", 1, old.size)
-        gaps = read_numbers(parts, "gaps", count)
-        if int(gaps.max()) >= old.size or int(gaps.sum(dtype=np.uint64)) + count > old.size:
-            raise Damaged(f"part 'gaps' of an exact tensor leads beyond its {old.size:,} elements")
-        places = np.cumsum(gaps, dtype=np.int64)
-        places += np.arange(count)
-        where = taken(where, places)
-    moved = read_numbers(parts, "steps", count)
-    if moved.dtype.itemsize > old.dtype.itemsize:
-        raise Damaged(f"part 'steps' of an exact tensor is wider than its numbers of {old.dtype.itemsize} bytes")
-    moved = moved.astype(old.dtype, copy=False)
-    if meta["form"] == "sparse":
-        moved += old.dtype.type(1)
-        new = old.copy()
-        new[where] = stepped(old[where], moved)
+        moved = _spread(parts, number(meta, "count", 1, old.size), old)
     else:
-        spread = np.empty_like(old)
-        spread[where] = moved
-        new = stepped(old, spread)
-    return from_bits(new, base.dtype, tuple(base.shape))
+        moved = _steps(parts, old.size, old)
+    order = ByExponent(old, MANTISSAS[base.dtype])
+    return from_bits(stepped(old, order.in_place(moved)), base.dtype, tuple(base.shape))
+
+
+def _spread(parts: Parts, count: int, old: Unsigned) -> Unsigned:
+    """The steps of all elements, of which `count` are not zero."""
+    gaps = read_numbers(parts, "gaps", count)
+    if int(gaps.max()) >= old.size or int(gaps.sum(dtype=np.uint64)) + count > old.size:
+        raise Damaged(f"part 'gaps' of an exact tensor leads beyond its {old.size:,} elements")
+    places = np.cumsum(gaps, dtype=np.int64)
+    places += np.arange(count)
+    found = np.zeros_like(old)
+    found[places] = _steps(parts, count, old) + old.dtype.type(1)
+    return found
+
+
+def _steps(parts: Parts, count: int, old: Unsigned) -> Unsigned:
+    found = read_numbers(parts, "steps", count)
+    if found.dtype.itemsize > old.dtype.itemsize:
+        raise Damaged(f"part 'steps' of an exact tensor is wider than its numbers of {old.dtype.itemsize} bytes")
+    return found.astype(old.dtype, copy=False)

@@ -28,9 +28,7 @@ Numbers = NDArray[np.unsignedinteger[Any]]
 
 META = "meta"  # the part with the metadata: canonical JSON
 _ZSTD_LEVEL = 1  # on these streams higher levels are slower and often larger
-_PLAIN = pcodec.ChunkConfig(  # gaps and codes are independent draws: there is nothing to gain from other models
-    compression_level=8, mode_spec=pcodec.ModeSpec.classic(), delta_spec=pcodec.DeltaSpec.no_op(), enable_8_bit=True
-)
+_CHUNK = 1 << 18  # numbers that one model of pcodec is for
 _WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 
 
@@ -105,10 +103,20 @@ def narrow(values: NDArray[Any]) -> Numbers:
     return values.astype(next(width for width in _WIDTHS if top <= np.iinfo(width).max), copy=False)
 
 
-def write_numbers(values: Numbers) -> bytes:
-    """Unsigned integers through pcodec, after a byte with the width of one."""
+def write_numbers(values: Numbers, chunk: int = _CHUNK) -> bytes:
+    """Unsigned integers through pcodec, after a byte with the width of one. Each `chunk` of them gets its own model.
+
+    Gaps, steps and codes are independent draws: there is nothing to gain from modes and differences.
+    """
+    config = pcodec.ChunkConfig(
+        compression_level=8,
+        mode_spec=pcodec.ModeSpec.classic(),
+        delta_spec=pcodec.DeltaSpec.no_op(),
+        paging_spec=pcodec.PagingSpec.equal_pages_up_to(chunk),
+        enable_8_bit=True,
+    )
     width = values.dtype.itemsize
-    data = standalone.simple_compress(np.ascontiguousarray(values), _PLAIN) if values.size else b""
+    data = standalone.simple_compress(np.ascontiguousarray(values), config) if values.size else b""
     return bytes([width]) + data
 
 

@@ -6,13 +6,13 @@ and the payloads of NaN come back.
 
 How far a training moves a weight hardly depends on the weight, but how many floats that is does: the smaller the
 weight, the finer its floats. So whether an element changes at all, and by how many steps, follows from the exponent of
-its base, which the reader knows too. `by_exponent` brings elements of one exponent together: within pieces that stay in
+its base, which the reader knows too. `ByExponent` brings elements of one exponent together: within pieces that stay in
 a core's cache, sorted by a radix pass, then the pieces' runs of each exponent one behind the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -95,37 +95,52 @@ def _in_pieces(work: Callable[[Unsigned, Unsigned], Unsigned], first: Unsigned, 
     return found
 
 
-def by_exponent(base: Unsigned, mantissa: int) -> NDArray[Any]:
-    """The places of all elements, ordered by the exponents of the base and then by place: a permutation, [elements].
+class ByExponent:
+    """The order of a tensor's elements by the exponents of the base and then by place.
 
-    `mantissa`: bits of a float below its exponent.
+    base:     the base's bits, [elements]
+    mantissa: bits of a float below its exponent
     """
-    exponents = 1 << (base.dtype.itemsize * 8 - 1 - mantissa)
-    key = np.uint8 if exponents <= 256 else np.uint16
-    edges = np.arange(exponents)
-    orders: list[NDArray[np.uint16]] = []
-    begins: list[NDArray[np.int64]] = []
-    for first in range(0, base.size, _PIECE):
-        keys = ((base[first : first + _PIECE] << 1) >> (mantissa + 1)).astype(key)
-        order = np.argsort(keys, kind="stable")  # of small integers: a radix pass
-        begins.append(np.searchsorted(keys, edges, sorter=order))
-        orders.append(order.astype(np.uint16))
-    found: NDArray[Any] = np.empty(base.size, dtype=np.int32 if base.size < 2**31 else np.int64)
-    if not orders:
+
+    def __init__(self, base: Unsigned, mantissa: int) -> None:
+        exponents = 1 << (base.dtype.itemsize * 8 - 1 - mantissa)
+        key = np.uint8 if exponents <= 256 else np.uint16
+        edges = np.arange(exponents + 1)
+        self._elements = base.size
+        self._orders: list[NDArray[np.uint16]] = []  # of each piece
+        runs: list[NDArray[np.int64]] = [np.zeros((0, exponents), dtype=np.int64)]
+        for first in range(0, base.size, _PIECE):
+            keys = ((base[first : first + _PIECE] << 1) >> (mantissa + 1)).astype(key)
+            order = np.argsort(keys, kind="stable")  # of small integers: a radix pass
+            runs.append(np.diff(np.searchsorted(keys, edges, sorter=order))[None])
+            self._orders.append(order.astype(np.uint16))
+        self._runs = np.concatenate(runs)  # elements of each piece and exponent
+        # where each run begins: exponent by exponent, piece by piece
+        self._starts = np.cumsum(self._runs.T.ravel()).reshape(exponents, -1).T - self._runs
+
+    def ordered(self, values: Unsigned) -> Unsigned:
+        """`values` of the elements in this order, [elements]."""
+        found = np.empty(self._elements, dtype=values.dtype)
+        for number, order in enumerate(self._orders):
+            piece = values[number * _PIECE : (number + 1) * _PIECE][order]
+            for run, place in self._of_piece(number):
+                found[place] = piece[run]
         return found
-    sizes = np.diff(np.array(begins), axis=1, append=np.array([[order.size] for order in orders]))
-    starts = np.cumsum(sizes.T.ravel()).reshape(exponents, -1).T - sizes  # exponent by exponent, piece by piece
-    for number, own in enumerate(orders):
-        for exponent in np.flatnonzero(sizes[number]):
-            begin, size, start = begins[number][exponent], sizes[number, exponent], starts[number, exponent]
-            found[start : start + size] = own[begin : begin + size]
-            found[start : start + size] += number * _PIECE
-    return found
 
+    def in_place(self, values: Unsigned) -> Unsigned:
+        """The inverse: what `ordered` was given."""
+        found = np.empty(self._elements, dtype=values.dtype)
+        for number, order in enumerate(self._orders):
+            piece = np.empty(order.size, dtype=values.dtype)
+            for run, place in self._of_piece(number):
+                piece[run] = values[place]
+            found[number * _PIECE : (number + 1) * _PIECE][order] = piece
+        return found
 
-def taken(values: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
-    """`values[places]`, without a second copy of the places in the width that numpy wants."""
-    found: NDArray[Any] = np.empty(places.size, dtype=values.dtype)
-    for first in range(0, places.size, _PIECE):
-        np.take(values, places[first : first + _PIECE], out=found[first : first + _PIECE], mode="clip")
-    return found
+    def _of_piece(self, number: int) -> Iterator[tuple[slice, slice]]:
+        """Where the runs of a piece are in its own order and in that of all elements."""
+        begin = 0
+        for exponent in np.flatnonzero(self._runs[number]):
+            size, start = int(self._runs[number, exponent]), int(self._starts[number, exponent])
+            yield slice(begin, begin + size), slice(start, start + size)
+            begin += size

@@ -23,7 +23,7 @@ from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import Leaf
 from tasks.codecs.exact import Exact
 from tasks.codecs.streams import tensor_digest
-from tasks.codecs.ulps import bits_of, by_exponent, from_bits, ranked, stepped, steps, unranked
+from tasks.codecs.ulps import ByExponent, bits_of, from_bits, ranked, stepped, steps, unranked
 from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
 from tasks.tensors import dtype_name, read_delta, read_tensor
@@ -95,11 +95,15 @@ def test_ranks_rise_with_the_floats_and_steps_count_them(dtype: torch.dtype) -> 
     )
 
 
-def test_elements_are_ordered_by_exponent_and_place() -> None:
-    """Over several pieces, as a stable sort of all would do it."""
-    base = (torch.randn(150_001, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+@pytest.mark.parametrize("elements", [0, 1, 150_001])
+def test_elements_are_ordered_by_exponent_and_place(elements: int) -> None:
+    """Over several pieces, as a stable sort of all would do it; and back."""
+    base = (torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     exponents = (bits_of(base).astype(np.int64) >> 7) & 0xFF
-    assert np.array_equal(by_exponent(bits_of(base), 7), np.argsort(exponents, kind="stable"))
+    places = np.arange(elements, dtype=np.uint32)
+    order = ByExponent(bits_of(base), 7)
+    assert np.array_equal(order.ordered(places), np.argsort(exponents, kind="stable"))
+    assert np.array_equal(order.in_place(order.ordered(places)), places)
 
 
 @pytest.mark.parametrize(
