@@ -36,6 +36,7 @@ from tasks.codecs.ulps import MANTISSAS, ByExponent, Unsigned, bits_of, from_bit
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST = 0.2  # share of changed elements from which gaps save neither bytes nor time
+_HALF = 0.5  # of the tensor's bytes: below, planes are not tried, for trained weights take two thirds in planes
 _CHUNK = 1 << 14  # numbers that are modelled together: few exponents, and enough to pay for the model
 
 
@@ -68,9 +69,9 @@ class Exact(Codec):
         forms = []
         if base.dtype == tuned.dtype and base.shape == tuned.shape and tuned.dtype in MANTISSAS:
             forms.append(_stepwise(base, tuned))
-        if not forms or forms[0][0]["form"] == "steps":
+        if not forms or _size(forms[0]) > _HALF * tuned.nbytes:
             forms.append(_planes(tuned))
-        form, streams = min(forms, key=lambda one: sum(map(len, one[1].values())))
+        form, streams = min(forms, key=_size)
         return Coded(with_meta({**meta, **form}, streams), decoder(self), digest=digest)
 
     @staticmethod
@@ -92,6 +93,10 @@ class Exact(Codec):
 
 
 Form = tuple[Mapping[str, Any], Mapping[str, bytes]]
+
+
+def _size(form: Form) -> int:
+    return sum(map(len, form[1].values()))
 
 
 def _planes(tuned: Tensor) -> Form:

@@ -122,7 +122,7 @@ class ByExponent:
         """`values` of the elements in this order, [elements]."""
         found = np.empty(self._elements, dtype=values.dtype)
         for number, order in enumerate(self._orders):
-            piece = values[number * _PIECE : (number + 1) * _PIECE][order]
+            piece = values[number * _PIECE : (number + 1) * _PIECE][order.astype(np.intp)]  # else several times slower
             for run, place in self._of_piece(number):
                 found[place] = piece[run]
         return found
@@ -134,7 +134,7 @@ class ByExponent:
             piece = np.empty(order.size, dtype=values.dtype)
             for run, place in self._of_piece(number):
                 piece[run] = values[place]
-            found[number * _PIECE : (number + 1) * _PIECE][order] = piece
+            found[number * _PIECE : (number + 1) * _PIECE][order.astype(np.intp)] = piece
         return found
 
     def _of_piece(self, number: int) -> Iterator[tuple[slice, slice]]:
