@@ -11,7 +11,8 @@ from tasks.codecs.exact import Exact
 from tasks.codecs.low_rank import LowRank
 from tasks.codecs.rtn import Rtn
 from tasks.codecs.seeded_dare import SeededDare
+from tasks.codecs.skillpack import SkillPack
 from tasks.codecs.ternary import Ternary
 
-Plain = Dense | Exact | Ternary | Rtn | BitDelta | LowRank | SeededDare  # a new codec goes here
+Plain = Dense | Exact | Ternary | Rtn | BitDelta | LowRank | SeededDare | SkillPack  # a new codec goes here
 AnyPlain = Annotated[Plain, BY_NAME]

@@ -25,9 +25,9 @@ SHAPES = [(), (0,), (1,), (7,), (1000,), (3, 0), (33, 17), (2, 3, 4, 5)]
 WRITERS = {name: codec for name, codec in CODECS.items() if not codec.lossless and codec().alternatives == (codec(),)}
 # what is written once is on no grid that a second look would find again: DARE rescales what it keeps, the range of a
 # row shrinks with rounding, singular values are computed
-DRIFTING = {"dare", "rtn", "low_rank"}
-SPREADING = {"low_rank"}  # a product of factors has no zeros and signs of its own
-PER_TENSOR = {"rtn", "bitdelta", "dare", "low_rank"}  # scales of rows and matrices, masks by tensor
+DRIFTING = {"dare", "rtn", "low_rank", "skillpack"}
+SPREADING = {"low_rank", "skillpack"}  # a product of factors has no zeros and signs of its own
+PER_TENSOR = {"rtn", "bitdelta", "dare", "low_rank", "skillpack"}  # scales of rows and matrices, masks by tensor
 
 
 @pytest.fixture(params=WRITERS.values(), ids=WRITERS.keys())

@@ -1,0 +1,33 @@
+"""Kinds of parameters: what a tensor is for, told by its role and its canonical name. The one place with that rule."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Kind = Literal["embedding", "head", "attention", "mlp", "other"]
+
+# the module's own name: what the architectures of transformers call the layer that predicts tokens or classes
+_HEAD = re.compile(r"lm_head|embed_out|output_projection|decoder|classifier|score|qa_outputs|proj_out")
+_ATTENTION = re.compile(r"attn|attention")  # somewhere in the path: self_attn, SelfAttention, attention.output
+# the module's own name, where the path says nothing
+_PROJECTION = re.compile(r"(q|k|v|o|out|qkv)_proj|(q|k|v|out)_lin|query|key|value|query_key_value|qkv|to_[qkv]|c_attn")
+
+
+def kind_of(name: str, role: str) -> Kind:
+    """The kind of tensor `name`, whose role is that of its record (`linear.weight`, `embedding.weight`, ...).
+
+    Only weights have a kind of their own: biases, norms, convolutions, fused experts and bare parameters are other.
+    Linear layers that neither predict nor attend count as mlp.
+    """
+    if role == "embedding.weight":
+        return "embedding"
+    if role != "linear.weight":
+        return "other"
+    path = name.split(".")
+    module = path[-2] if len(path) > 1 else ""
+    if _HEAD.fullmatch(module):
+        return "head"
+    if _PROJECTION.fullmatch(module) or any(_ATTENTION.search(one.lower()) for one in path[:-1]):
+        return "attention"
+    return "mlp"
