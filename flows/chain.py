@@ -105,7 +105,8 @@ def _prepare(config: ChainConfig, base: CheckpointRef) -> list[Prepared]:
         tried = None
         if config.codec.trials():
             tried = named(steps.choose_codec, f"choose codec {task.name}").submit(update, config.codec, task)
-        small = named(steps.compress, f"compress {task.name}").submit(update, config.codec, tried)
+        examples = (task,) if config.codec.examples else ()
+        small = named(steps.compress, f"compress {task.name}").submit(update, config.codec, tried, *examples)
         alone = named(steps.evaluate, f"evaluate {task.name} alone").submit(tuned, [task], base)
         submitted.append((task, {"tuned": tuned, "alone": alone, "update": small}))
     return [Prepared(task, **{name: one.result() for name, one in futures.items()}) for task, futures in submitted]

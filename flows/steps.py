@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tasks.calibrate
 import tasks.codec_search
 import tasks.compress
 import tasks.digits_base
@@ -63,18 +64,30 @@ def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract) -> UpdateR
 @once(version=1)
 def choose_codec(update: UpdateRef, codec: AnyCodec, task: Task) -> ScoresRef:
     place = here()
-    return tasks.codec_search.choose_codec(
-        update, codec, task, place.store, place.settings.device, budget=place.settings.budget, report=_report()
-    )
+    device, budget = place.settings.device, place.settings.budget
+    with tasks.calibrate.calibrated(update, codec, task, place.store, device, _report()) as seen:
+        return tasks.codec_search.choose_codec(
+            update, codec, task, place.store, device, inputs=seen.inputs, budget=budget, report=_report()
+        )
 
 
 @once(version=2)
-def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None) -> UpdateRef:
+def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None, task: Task | None = None) -> UpdateRef:
+    """`task`: where the codec's examples come from; not given if it has none, so that no result depends on it then."""
     place = here()
+    device, budget = place.settings.device, place.settings.budget
     settled = codec.trials()[place.store.open(tried).manifest.facts["trial"]] if tried else codec
-    return tasks.compress.compress_update(
-        update, settled, place.store, place.settings.device, budget=place.settings.budget, report=_report()
-    )
+    with tasks.calibrate.calibrated(update, settled, task, place.store, device, _report()) as seen:
+        return tasks.compress.compress_update(
+            update,
+            settled,
+            place.store,
+            device,
+            inputs=seen.inputs,
+            calibration=seen.facts,
+            budget=budget,
+            report=_report(),
+        )
 
 
 @once(version=2)

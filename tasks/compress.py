@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ def compress_update(
     device: str = "cpu",
     *,
     inputs: Inputs | None = None,
+    calibration: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     report: Report | None = None,
 ) -> UpdateRef:
     """`update` coded anew by `codec`. Low-rank tensors stay factors: their factors are coded, as ComPEFT does.
 
+    `calibration` says what data the inputs are from (tasks/calibrate.py has both); it becomes a fact of the result.
     The facts report the files' bytes, headers included, and their ratio to all tensors of the model in bfloat16. Every
     tensor is decoded again at once: its record has the error that was found, or the digest that was held.
     """
@@ -52,14 +54,15 @@ def compress_update(
     for written in in_order(
         records,
         lambda record: work.write(record, facts),
-        lambda record: _WORKSPACE * 4 * record.elements,
+        work.memory,
         budget or Budget(workers=1),
         report,
     ):
         draft.share(written)
     kept = {name: fact for name, fact in source.manifest.facts.items() if name != "norm"}  # that of the exact update
     found = facts[0] if len(facts) == 1 else {"alternatives": [dict(one) for one in facts]}
-    draft.facts.update({**kept, **found, **sizes(draft.records)})
+    seen = {"calibration": dict(calibration)} if calibration else {}
+    draft.facts.update({**kept, **found, **seen, **sizes(draft.records)})
     return UpdateRef(draft.commit())
 
 
@@ -78,6 +81,11 @@ class _Work:
     codec: Codec
     device: str
     inputs: Inputs
+
+    def memory(self, record: TensorRecord) -> float:
+        """Bytes that coding a tensor takes, the work on its calibration data included."""
+        seen = record.shape[-1] ** 2 if record.name in self.inputs else 0
+        return _WORKSPACE * 4 * (record.elements + seen)
 
     def leaves(self, record: TensorRecord) -> Iterator[Leaf]:
         """The tensor, or its factors A and B."""
