@@ -16,6 +16,7 @@ from flows.codec_commands import codecs, compress
 from flows.export_command import export
 from flows.line_commands import line_app
 from flows.merge_command import merge
+from flows.similarity_command import similarity
 from flows.terminal import (
     Memory,
     Quiet,
@@ -77,6 +78,7 @@ app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
 app.command()(export)
+app.command()(similarity)
 
 
 @app.command()

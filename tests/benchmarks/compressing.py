@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks import codec_quality, compress_plots, lossless_sizes, ternary_sizes
+from tests.benchmarks import codec_quality, compress_plots, lossless_sizes, packed, ternary_sizes
 from tests.benchmarks.codec_quality import Quality
 from tests.benchmarks.coding import Measured
-from tests.benchmarks.rows import chosen, run_parts
+from tests.benchmarks.rows import Row, chosen, run_parts
 
 SMALL = bool(os.environ.get("SMALL"))
 RESULTS = Path(mkdtemp()) if SMALL else Path(__file__).parent / "results"
@@ -42,6 +42,7 @@ PARTS: Mapping[str, Callable[[Console], Sequence[Any]]] = {
     "ternary": lambda console: ternary_sizes.rows(ELEMENTS),
     "lossless": lambda console: lossless_sizes.rows(ELEMENTS),
     "quality": quality,
+    "packed": lambda console: packed.rows(ELEMENTS),
 }
 
 
@@ -58,6 +59,9 @@ def write_page(found: Mapping[str, Any]) -> None:
     for name in (name for name in PARTS if name in found):
         part, picture = found[name], f"compress_{name}.png"
         lines += [f"## {name}", "", "; ".join(part["machine"].values()) + ".", ""]
+        if name == "packed":
+            lines += [*_packed_lines([Row(**row) for row in part["rows"]]), ""]
+            continue
         if name == "quality":
             accuracies = [Quality(**row) for row in part["rows"]]
             lines += _quality_lines(accuracies)
@@ -165,6 +169,15 @@ def _quality_lines(rows: Sequence[Quality]) -> Iterator[str]:
             scores = [row.single, *(getattr(row, recipe) for recipe in codec_quality.RECIPES)]
             cells = [row.codec, row.setting, f"{row.bytes:,}", f"{row.ratio:.2f} ×"]
             yield _line([*cells, *(f"{100 * score:.1f}" for score in scores)])
+
+
+def _packed_lines(rows: Sequence[Row]) -> Iterator[str]:
+    yield f"Two ternary updates of {packed.DENSITY:.0%}, as many numbers as in the parts above, as planes of bits"
+    yield "(`tasks/packed.py`) beside dense float32. CPU time on one core, the best of some."
+    yield ""
+    yield from _header("what", "planes", "dense", "planes / dense")
+    for row in rows:
+        yield _line([row.what, row.ours, row.yardstick, row.ratio])
 
 
 def _header(*names: str) -> Iterator[str]:
