@@ -59,9 +59,25 @@ def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     return tuned.to(dtype) - onto.to(device, dtype)
 
 
+def foundation(record: TensorRecord, codec: str) -> tuple[str, tuple[str, ...]] | None:
+    """What a tensor that the lossless `codec` states against that of `record` has as its `onto` and `through`.
+
+    None where there is nothing to decode step by step: the tensor is a product of factors, or another codec wrote it.
+    """
+    if record.codec == codec and record.onto is not None:
+        return record.onto, (*record.through, record.blob)
+    return (record.blob, ()) if record.rank is None and record.codec == "dense@1" else None
+
+
 def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
-    parts = artifact.onto(record.name)
-    return None if parts is None else decode_parts("dense@1", parts, record.shape)
+    """What a tensor is stated against, if it is."""
+    dense = artifact.onto(record.name)
+    if dense is None:
+        return None
+    found = decode_parts("dense@1", dense, record.shape)
+    for parts in artifact.through(record.name):
+        found = restore_parts(record.codec, parts, record.shape, found)
+    return found
 
 
 def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
