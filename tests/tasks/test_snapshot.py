@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_a_version_takes_what_changed_and_an_anchor_is_the_plain_checkpoint(tmp_
         training.move(0.01)
     manifests = [training.store.open(ref).manifest for ref in refs]
     whole = own_bytes(None, manifests[0])
-    for before, now in zip(manifests[:3], manifests[1:4], strict=True):
+    for before, now in pairwise(manifests[:4]):
         assert own_bytes(before, now) < 0.6 * whole  # files of a tiny model are mostly headers
         assert all(record.bytes <= 2 * record.elements + 200 for record in now.tensors)
     assert not any(record.through or record.onto for record in manifests[4].tensors)
