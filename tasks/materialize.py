@@ -10,6 +10,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.manifest import Lineage, TensorRecord
 from storage.refs import CheckpointRef, StateRef, short
 from tasks.mergers import Joint, Target
+from tasks.packed import is_packed
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import recipe_of
 from tasks.stored import State, Update, added, cost, scalings_own
@@ -93,13 +94,29 @@ class _Merged:
         merger = self.state.recipe.merger
         if not isinstance(merger, Joint):
             return self.state.delta(name, self._roles[name])
+        target, weights = Target(name, self._roles[name]), self.state.facts["weights"]
+        merged = self._on_planes(name, merger, target)
+        if merged is not None:
+            return merged
         deltas = [update.delta(update.artifact.record(name)) for update in self._updates]
         if not any(bool(delta.any()) for delta in deltas):
             return deltas[0]
         base = read_tensor(self._root, name, self.state.device)
         base = base.to(wide(base, *deltas))
         deltas = [delta.to(base.dtype) for delta in deltas]
-        return merger.combine(base, deltas, self.state.facts["weights"], Target(name, self._roles[name]))
+        return merger.combine(base, deltas, weights, target)
+
+    def _on_planes(self, name: str, merger: Joint, target: Target) -> Tensor | None:
+        """The merged delta where all updates are ternary and the merger can do without their numbers spread out."""
+        records = [update.artifact.record(name) for update in self._updates]
+        if not all(is_packed(record) for record in records) or self._root.record(name).dtype == "F64":
+            return None
+        planes = [update.planes(record) for update, record in zip(self._updates, records, strict=True)]
+        packed = [one for one in planes if one is not None]
+        if len(packed) < len(planes):
+            return None
+        found = merger.combine_planes(packed, self.state.facts["weights"], target)
+        return None if found is None else found.reshape(records[0].shape)
 
     def factors(self, budget: Budget) -> Mapping[str, float] | None:
         """What the recipe's scaling makes of the whole merged delta: one factor for every tensor."""

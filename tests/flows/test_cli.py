@@ -84,7 +84,7 @@ def test_line_and_show(grown: Path) -> None:
     about = deltaworks(grown, "show", update[:20]).stdout
     assert update in about
     assert "made by compress" in about
-    assert "ternary@1" in about
+    assert "ternary@2" in about
 
 
 def test_mergers_are_listed_quickly(tmp_path: Path) -> None:
