@@ -86,6 +86,13 @@ app.command()(similarity)
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset: demo, smoke ...")],
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"NAME KEY=VALUE ..."',
+            help="Write the updates by this codec instead of the config's, into lines of their own.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     memory: Memory = None,
@@ -96,11 +103,16 @@ def run(
     What was done before is not done again: after an interruption, or when tasks were added, run the same command.
 
     Examples:  deltaworks run demo        deltaworks run chains/support-models.yaml
+
+               deltaworks run demo --codec "rtn bits=2"
     """
     with errors_explained(verbose):
         from configs.chain import load_chain
+        from configs.codec_words import with_codec
 
         chosen = load_chain(config)  # before anything slow: a typo is answered at once
+        if codec is not None:
+            chosen = with_codec(chosen, codec)
         place = open_workplace(verbose, memory, workers)
         server = embedded_prefect(place)
         from flows.launch import launch  # imports prefect, which reads where its server is
