@@ -15,6 +15,7 @@ import typer
 from flows.codec_commands import codecs, compress
 from flows.export_command import export
 from flows.line_commands import line_app
+from flows.line_fold import line_fold
 from flows.merge_command import merge
 from flows.series_commands import series_app
 from flows.similarity_command import similarity
@@ -76,6 +77,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 )
 app.add_typer(line_app, name="line")
 app.add_typer(series_app, name="series")
+line_app.command("fold")(line_fold)
 app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
