@@ -150,7 +150,10 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
     try:
         found = json.loads(data)
         if found["format"] != FORMAT:
-            raise Damaged(f"{source} has format {found['format']!r}, this version reads {FORMAT!r}")
+            raise Damaged(
+                f"{source} has format {found['format']!r}, this version reads {FORMAT!r}",
+                remedy="Read it with the version of Deltaworks that wrote it",
+            )
         return Manifest(
             kind=found["kind"],
             tensors=tuple(TensorRecord.from_json(one) for one in found["tensors"]),
@@ -158,5 +161,5 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
             facts=found["facts"],
             assets={name: Asset(**asset) for name, asset in found["assets"].items()},
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, InvalidInput) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise Damaged(f"{source} is not a manifest: {error!r}", remedy="Restore it from a copy of the store") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -37,11 +40,12 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
         if onto is None:
             raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
         parts = artifact.parts(name)
-        restored = restore_parts(record.codec, parts, record.shape, onto)
+        with _named(artifact, name):
+            restored = restore_parts(record.codec, parts, record.shape, onto)
         if tensor_digest(restored) != record.digest or restored.dtype != DTYPES[record.dtype]:
             _refuse(artifact, record, parts, onto)
         return restored.to(device)
-    decoded = decode_record(record, artifact.parts(name), device)
+    decoded = _decoded(artifact, record, device)
     if onto is not None:
         decoded = onto.to(device, wide(onto, decoded)) + decoded
     return decoded.to(DTYPES[record.dtype])
@@ -51,7 +55,7 @@ def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     """Tensor `name` of an update: float32 or float64, as it was decoded, or tuned minus base where both are exact."""
     record = artifact.record(name)
     if not is_lossless(record.codec):
-        return _widened(decode_record(record, artifact.parts(name), device))
+        return _widened(_decoded(artifact, record, device))
     tuned = read_tensor(artifact, name, device)
     onto = _onto(artifact, record)
     assert onto is not None
@@ -67,6 +71,22 @@ def foundation(record: TensorRecord, codec: str) -> tuple[str, tuple[str, ...]] 
     if record.codec == codec and record.onto is not None:
         return record.onto, (*record.through, record.blob)
     return (record.blob, ()) if record.rank is None and record.codec == "dense@1" else None
+
+
+def _decoded(artifact: Artifact, record: TensorRecord, device: str) -> Tensor:
+    parts = artifact.parts(record.name)
+    with _named(artifact, record.name):
+        return decode_record(record, parts, device)
+
+
+@contextmanager
+def _named(artifact: Artifact, name: str) -> Iterator[None]:
+    """Codecs know parts and shapes only: say which tensor it is that they cannot read."""
+    try:
+        yield
+    except Damaged as error:
+        said = str(error).removesuffix(f". {error.remedy}")
+        raise Damaged(f"tensor {name!r} of {short(artifact.ref)}: {said}", remedy=error.remedy) from error
 
 
 def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:

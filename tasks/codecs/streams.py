@@ -45,13 +45,13 @@ def with_meta(meta: Mapping[str, Any], streams: Mapping[str, Bytes | bytes]) -> 
 def meta_of(parts: Parts, shape: tuple[int, ...]) -> dict[str, Any]:
     """The metadata of a coded tensor; its `shape` must have as many elements as `shape`."""
     try:
-        found = json.loads(part(parts, META).tobytes())
-        elements = math.prod(int(size) for size in found["shape"])
+        found = dict(json.loads(part(parts, META).tobytes()))
+        stated = list(found["shape"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"the metadata of a coded tensor cannot be read: {error!r}") from error
-    if elements != math.prod(shape):
-        raise Damaged(f"a coded tensor of shape {found['shape']} cannot be read as {list(shape)}")
-    return dict(found)
+    if not all(type(size) is int and size >= 0 for size in stated) or math.prod(stated) != math.prod(shape):
+        raise Damaged(f"a coded tensor of shape {stated} cannot be read as {list(shape)}")
+    return found
 
 
 def number(meta: Mapping[str, Any], key: str, low: int, high: int) -> int:
@@ -146,11 +146,17 @@ def squeeze(data: Bytes | bytes) -> bytes:
 
 def expand(parts: Parts, key: str, size: int) -> Bytes:
     """The inverse; `size` is what it must come to."""
+    return exactly(expand_up_to(parts, key, size), size, key)
+
+
+def expand_up_to(parts: Parts, key: str, most: int) -> Bytes:
+    """The same where the size is not known: it must not come to more than `most`, and must say to how much."""
     data = part(parts, key).tobytes()
     try:
         declared = zstandard.frame_content_size(data)
-        if declared != size:
-            raise Damaged(f"part {key!r} must have {size:,} bytes, it declares {declared:,}")
-        return exactly(np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8), size, key)
+        if not 0 <= declared <= most:
+            size = "no size at all" if declared < 0 else f"{declared:,}"
+            raise Damaged(f"part {key!r} must come to at most {most:,} bytes and say so, it declares {size}")
+        return exactly(np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8), declared, key)
     except zstandard.ZstdError as error:
         raise Damaged(f"part {key!r} cannot be read: {error}") from error
