@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from storage.blobs import encode_parts
-from tasks.codecs import Codec, Coded, Dense, Leaf, decode_parts
+from tasks.codecs import Codec, Coded, Dense, Leaf, Ternary, decode_parts
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.low_rank import LowRank
 from tasks.codecs.rtn import Rtn
@@ -63,6 +63,9 @@ FORMS = {
     "dense@1",
     "dense@1 tensor",
     "dense@1 A.tensor B.tensor",
+    "ternary@2",
+    "ternary@2 gaps meta signs",
+    "ternary@2 mask meta signs",
     "rtn@1",
     "rtn@1 meta packed scales zeros",
     "rtn@1 codes meta scales zeros",
@@ -81,6 +84,8 @@ FORMS = {
 Case = tuple[Codec, Callable[[tuple[int, ...]], Tensor], str]
 CASES: dict[str, Case] = {
     "dense": (Dense(), drawn, ATTENTION),
+    "ternary": (Ternary(), drawn, ATTENTION),
+    "ternary of many": (Ternary(density=0.6), drawn, ATTENTION),
     "rtn of 2 bits": (Rtn(bits=2), drawn, ATTENTION),
     "rtn of 3 bits in groups": (Rtn(bits=3, group=5, scales="f16"), drawn, ATTENTION),
     "rtn of 8 bits": (Rtn(bits=8), drawn, ATTENTION),

@@ -27,7 +27,7 @@ from storage.artifacts import Artifact, ArtifactStore, Draft
 from storage.blobs import Parts
 from storage.manifest import Lineage
 from storage.objects import DirectoryObjects
-from tasks.codecs import Codec, Coded, Dense, Leaf
+from tasks.codecs import Codec, Coded, Dense, Leaf, Ternary
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.dense import dense_parts
 from tasks.codecs.gptq import Rounded, consecutive
@@ -129,6 +129,24 @@ def write_ternary_1(draft: Draft) -> None:
         add_coded(draft, name, Coded(found, "ternary@1", rank), shape)
 
 
+def write_ternary_2(draft: Draft) -> None:
+    facts = {"threshold": 900 / 2**16, "magnitude": 0.375}
+
+    def coded(name: str, delta: Tensor, role: str = "linear.weight") -> Coded:
+        return Ternary().encode(Leaf(name, role, delta), facts)
+
+    for name, delta, many in (
+        ("few", delta_of((40, 50)), 1.0),
+        ("many", delta_of((20, 31)), 5.0),
+        ("far", torch.cat([torch.zeros(70_000), delta_of((30,))]), 1.0),
+        ("scalar", torch.tensor(-0.5), 1.0),
+        ("zeros", torch.zeros(3, 3), 1.0),
+    ):
+        add_coded(draft, name, coded(name, delta * many), tuple(delta.shape))
+    A, B = (coded(f"factors.{side}", delta_of(shape) * 4) for side, shape in (("A", (2, 9)), ("B", (7, 2))))
+    add_coded(draft, "factors", Coded(prefixed(A.parts, "A") | prefixed(B.parts, "B"), A.codec, 2), (7, 9))
+
+
 def write_rtn_1(draft: Draft) -> None:
     for bits in (2, 3, 4, 8):
         add(draft, f"bits_{bits}", Rtn(bits=bits), delta_of((6, 40), bits))  # type: ignore[arg-type]
@@ -194,6 +212,7 @@ def write_skillpack_1(draft: Draft) -> None:
 WRITERS: dict[str, Callable[[Draft], None]] = {
     "dense@1": write_dense_1,
     "ternary@1": write_ternary_1,
+    "ternary@2": write_ternary_2,
     "rtn@1": write_rtn_1,
     "bitdelta@1": write_bitdelta_1,
     "dare@1": write_dare_1,
