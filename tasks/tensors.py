@@ -96,7 +96,8 @@ def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
         return None
     found = decode_parts("dense@1", dense, record.shape)
     for parts in artifact.through(record.name):
-        found = restore_parts(record.codec, parts, record.shape, found)
+        with _named(artifact, record.name):
+            found = restore_parts(record.codec, parts, record.shape, found)
     return found
 
 

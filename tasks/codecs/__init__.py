@@ -1,6 +1,6 @@
 """Codecs: how the numbers of an update are written. `AnyCodec` is the list of choices; one file each.
 
-A new codec is added to the union in `plain.py`.
+A new codec is added to the union in `plain.py`, to storage/CODECS.md and to the golden stores, which tests ask for.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from storage.blobs import encode_parts
-from tasks.codecs import Codec, Coded, Dense, Leaf, Ternary, decode_parts
+from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary, decode_parts, restore_parts
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.low_rank import LowRank
 from tasks.codecs.rtn import Rtn
 from tasks.codecs.seeded_dare import SeededDare
 from tasks.codecs.skillpack import SkillPack
+from tasks.codecs.streams import tensor_digest
 from tasks.codecs.triplets import read_groups
-from tasks.tensors import unprefixed
+from tasks.tensors import dtype_name, unprefixed
 from tests.tasks.test_gptq import moments_of
 
 PAGE = Path(__file__).parents[2] / "storage" / "CODECS.md"
@@ -79,11 +81,16 @@ FORMS = {
     "skillpack@1 gaps meta values",
     "skillpack@1 codes meta scales shares zeros",
     "skillpack@1 codes meta order scales shares zeros",
+    "exact@1",
+    "exact@1 gaps meta steps",
+    "exact@1 meta steps",
+    "exact@1 meta planes",
 }
 
 Case = tuple[Codec, Callable[[tuple[int, ...]], Tensor], str]
 CASES: dict[str, Case] = {
     "dense": (Dense(), drawn, ATTENTION),
+    "dense of zeros": (Dense(), torch.zeros, ATTENTION),
     "ternary": (Ternary(), drawn, ATTENTION),
     "ternary of many": (Ternary(density=0.6), drawn, ATTENTION),
     "rtn of 2 bits": (Rtn(bits=2), drawn, ATTENTION),
@@ -120,6 +127,28 @@ def cases(name: str) -> Iterator[tuple[Tensor, Coded]]:
             yield delta, codec.encode(Leaf(tensor, ROLES[tensor], delta, "update/ä", inputs=inputs), known)
 
 
+def exact_cases() -> Iterator[tuple[Tensor, Tensor, Coded]]:
+    """Base, tuned, and what `exact` makes of them: of every dtype, with nothing, little and all of it changed."""
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            for share, size in ((0.0, 0.0), (0.1, 1e-2), (0.5, 1e-2), (1.0, 1e3)):
+                base = (drawn(shape, zeros=0.0) * 30).to(dtype)
+                kept = torch.rand(shape, generator=torch.Generator().manual_seed(2)) >= share
+                tuned = torch.where(kept, base, (base + drawn(shape, 1) * size).to(dtype))
+                tuned.reshape(-1)[5:7] = torch.tensor([-0.0, -torch.inf])[: max(tuned.numel() - 5, 0)]
+                yield base, tuned, exactly(base, tuned)
+        for base, tuned in (
+            (drawn(shape).bfloat16(), drawn(shape, 1)),
+            (drawn(shape).sign().long(), drawn(shape, 1).sign().long()),
+            (drawn(shape) > 0, drawn(shape, 1) > 0),
+        ):
+            yield base, tuned, exactly(base, tuned)
+
+
+def exactly(base: Tensor, tuned: Tensor) -> Coded:
+    return Exact().encode(Leaf(ATTENTION, "linear.weight", torch.zeros(()), sides=lambda: (base, tuned)), {})
+
+
 def same(found: np.ndarray, expected: Tensor) -> bool:
     """Bit by bit; of bfloat16, which numpy lacks, the numbers."""
     wanted = expected.float() if expected.dtype == torch.bfloat16 else expected
@@ -139,7 +168,13 @@ def test_its_code_needs_nothing_of_deltaworks() -> None:
 
 def test_every_form_occurs() -> None:
     found = {" ".join([coded.codec, *sorted(coded.parts)]) for name in CASES for _, coded in cases(name)}
-    assert found - {"dense@1"} == FORMS - {"dense@1"}
+    found |= {" ".join([coded.codec, *sorted(coded.parts)]) for *_, coded in exact_cases()}
+    assert found == FORMS
+
+
+def test_it_has_every_codec_that_is_read(page: dict[str, Any]) -> None:
+    headings = set(re.findall(r"^## (\w+@\d+)", PAGE.read_text(encoding="utf-8"), re.M))
+    assert set(page["DECODERS"]) | set(page["RESTORERS"]) == set(READABLE) == headings
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -165,3 +200,13 @@ def test_it_decodes_what_the_codec_wrote(page: dict[str, Any], name: str) -> Non
         for factor, wanted in zip(page["triplets"](parts), read_groups(ours, shape).factors(), strict=True):
             assert same(factor, wanted)
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_it_restores_what_exact_wrote(page: dict[str, Any]) -> None:
+    for base, tuned, coded in exact_cases():
+        blob, shape = encode_parts(coded.parts), tuple(tuned.shape)
+        parts, side = page["parts_of"](blob), page["parts_of"](encode_parts({"tensor": base}))["tensor"]
+        found = page["RESTORERS"][coded.codec](parts, shape, side) if parts else side
+        restored = restore_parts(coded.codec, safetensors.torch.load(blob), shape, base)
+        assert found.dtype == dtype_name(restored.dtype) and tuple(found.shape) == shape
+        assert hashlib.sha256(found.raw).hexdigest() == tensor_digest(restored) == coded.digest == tensor_digest(tuned)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from storage.artifacts import Artifact, ArtifactStore, Draft
 from storage.blobs import Parts
-from storage.manifest import Lineage
+from storage.manifest import Lineage, TensorRecord
 from storage.objects import DirectoryObjects
-from tasks.codecs import Codec, Coded, Dense, Leaf, Ternary
+from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.dense import dense_parts
 from tasks.codecs.gptq import Rounded, consecutive
@@ -209,6 +209,42 @@ def write_skillpack_1(draft: Draft) -> None:
     add(draft, "q_proj.weight", SkillPack(), torch.zeros(3, 4))
 
 
+def write_exact_1(draft: Draft) -> None:
+    """The bases are tensors of the same update."""
+
+    def side(name: str, base: Tensor) -> TensorRecord:
+        dtype = dtype_name(base.dtype)
+        return draft.add(f"{name}.base", {"tensor": base}, role="bare", dtype=dtype, shape=base.shape)
+
+    def exact(name: str, base: Tensor, tuned: Tensor, onto: str, through: tuple[str, ...] = ()) -> None:
+        coded = Exact().encode(Leaf(name, "linear.weight", torch.zeros(()), sides=lambda: (base, tuned)), {})
+        about = {"dtype": dtype_name(tuned.dtype), "shape": tuned.shape, "codec": coded.codec, "digest": coded.digest}
+        draft.add(name, coded.parts, role="linear.weight", onto=onto, through=through, **about)  # type: ignore[arg-type]
+
+    shape = (12, 20)
+    base, far = delta_of(shape) + 2**-20, delta_of(shape, 2) * 3
+    few = torch.from_numpy(whole(shape, 3) % 10 == 1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        name, old = str(dtype).removeprefix("torch."), base.to(dtype)
+        onto = side(name, old).blob
+        exact(f"{name}.few", old, torch.where(few, old * 1.0625, old), onto)
+        exact(f"{name}.most", old, torch.where(few, old, old * 1.0078125), onto)
+    old, onto = base.bfloat16(), blob_of(draft, "bfloat16.base")
+    exact("far", old, far.bfloat16(), onto)
+    exact("same", old, old, onto)
+    first, between = torch.where(few, old * 1.0625, old), blob_of(draft, "bfloat16.few")
+    exact("next", first, torch.where(few, -old, first), onto, (between,))
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, 1.0])
+    exact("odd", odd, odd.flip(0), side("odd", odd).blob)
+    exact("wider", base.half(), base, blob_of(draft, "float16.base"))
+    counted = torch.from_numpy(whole((9,), 4))
+    exact("counted", counted, counted + 1, side("counted", counted).blob)
+
+
+def blob_of(draft: Draft, name: str) -> str:
+    return next(record.blob for record in draft.records if record.name == name)
+
+
 WRITERS: dict[str, Callable[[Draft], None]] = {
     "dense@1": write_dense_1,
     "ternary@1": write_ternary_1,
@@ -217,6 +253,7 @@ WRITERS: dict[str, Callable[[Draft], None]] = {
     "bitdelta@1": write_bitdelta_1,
     "dare@1": write_dare_1,
     "skillpack@1": write_skillpack_1,
+    "exact@1": write_exact_1,
 }
 
 
@@ -244,6 +281,10 @@ def numbers_of(artifact: Artifact) -> dict[str, str]:
 def golden(codec: str) -> tuple[Artifact, dict[str, dict[str, str]]]:
     about = json.loads((GOLDEN / codec / "numbers.json").read_text(encoding="utf-8"))
     return ArtifactStore(DirectoryObjects(GOLDEN / codec)).open(about["ref"], "update"), about
+
+
+def test_every_codec_and_version_that_is_read_is_kept() -> None:
+    assert set(WRITERS) == set(READABLE) == {path.name for path in GOLDEN.iterdir()}
 
 
 def test_every_form_is_kept() -> None:
