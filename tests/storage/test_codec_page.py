@@ -16,7 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from storage.artifacts import ArtifactStore
 from storage.blobs import encode_parts
+from storage.manifest import Lineage
+from storage.objects import DirectoryObjects
 from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary, decode_parts, restore_parts
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.low_rank import LowRank
@@ -25,7 +28,7 @@ from tasks.codecs.seeded_dare import SeededDare
 from tasks.codecs.skillpack import SkillPack
 from tasks.codecs.streams import tensor_digest
 from tasks.codecs.triplets import read_groups
-from tasks.tensors import dtype_name, unprefixed
+from tasks.tensors import dtype_name, prefixed, read_tensor, unprefixed
 from tests.tasks.test_gptq import moments_of
 
 PAGE = Path(__file__).parents[2] / "storage" / "CODECS.md"
@@ -210,3 +213,32 @@ def test_it_restores_what_exact_wrote(page: dict[str, Any]) -> None:
         restored = restore_parts(coded.codec, safetensors.torch.load(blob), shape, base)
         assert found.dtype == dtype_name(restored.dtype) and tuple(found.shape) == shape
         assert hashlib.sha256(found.raw).hexdigest() == tensor_digest(restored) == coded.digest == tensor_digest(tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_it_adds_to_what_a_tensor_is_stated_against(page: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """As a LoRA-tuned checkpoint is; a product of rank 1 has no sums, and so no bits but the sign of 0 to differ in."""
+    store = ArtifactStore(DirectoryObjects(tmp_path))
+    draft, base = store.draft("checkpoint", Lineage("test")), drawn((40, 30)).to(dtype)
+    about: dict[str, Any] = {"role": "linear.weight", "dtype": dtype_name(dtype), "shape": (40, 30)}
+    onto = draft.add("base", {"tensor": base}, **about).blob
+    factors = prefixed({"tensor": drawn((1, 30), 1)}, "A") | prefixed({"tensor": drawn((40, 1), 2).bfloat16()}, "B")
+    draft.add("factors", factors, **about, rank=1, onto=onto)
+    draft.add("delta", {"tensor": drawn((40, 30), 3) * 1e-3}, **about, onto=onto)
+    draft.add("zeros", {}, **about, onto=onto)
+    ref = draft.commit()
+    found = page["read_artifact"](tmp_path, ref)
+    assert found.keys() == {"base", "factors", "delta", "zeros"}
+    for name, values in found.items():
+        assert same(values + 0.0, read_tensor(store.open(ref), name) + 0.0), name
+
+
+def test_it_refuses_what_is_damaged(page: dict[str, Any], tmp_path: Path) -> None:
+    store = ArtifactStore(DirectoryObjects(tmp_path))
+    draft = store.draft("update", Lineage("test"))
+    blob = draft.add("w", {"tensor": torch.ones(9)}, role="bare", dtype="F32", shape=(9,)).blob
+    ref = draft.commit()
+    path = tmp_path / "blob" / blob
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(AssertionError, match=f"blob/{blob} is damaged"):
+        page["read_artifact"](tmp_path, ref)
