@@ -35,7 +35,7 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     lossless codec wrote comes back bit by bit, and is held against its digest.
     """
     record = artifact.record(name)
-    onto = _onto(artifact, record)
+    onto = read_onto(artifact, record)
     if is_lossless(record.codec):
         if onto is None:
             raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
@@ -57,7 +57,7 @@ def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     if not is_lossless(record.codec):
         return _widened(_decoded(artifact, record, device))
     tuned = read_tensor(artifact, name, device)
-    onto = _onto(artifact, record)
+    onto = read_onto(artifact, record)
     assert onto is not None
     dtype = wide(onto, tuned)
     return tuned.to(dtype) - onto.to(device, dtype)
@@ -89,7 +89,7 @@ def _named(artifact: Artifact, name: str) -> Iterator[None]:
         raise Damaged(f"tensor {name!r} of {short(artifact.ref)}: {said}", remedy=error.remedy) from error
 
 
-def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
+def read_onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
     """What a tensor is stated against, if it is."""
     dense = artifact.onto(record.name)
     if dense is None:
