@@ -14,6 +14,7 @@ import typer
 
 from flows.codec_commands import codecs, compress
 from flows.export_command import export
+from flows.inspect_command import inspect
 from flows.line_commands import line_app
 from flows.line_fold import line_fold
 from flows.merge_command import merge
@@ -50,6 +51,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks codecs                     every way to write an update smaller
 
+  deltaworks inspect UPDATE             which of them fits an update
+
   deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
@@ -82,6 +85,7 @@ app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
 app.command()(export)
+app.command()(inspect)
 app.command()(similarity)
 
 
