@@ -21,7 +21,7 @@ def tables(found: Inspection, artifact: Artifact, width: int) -> Iterator[str | 
     """For a terminal of `width` columns; everything fits into 80."""
     width = min(width, _WIDE)
     lineage, task = artifact.manifest.lineage, artifact.manifest.facts.get("task")
-    how = f"as {lineage.spec.get('name')} wrote it" if lineage.step == "compress" else f"as {lineage.step} gave it"
+    how = f"as {lineage.spec.get('name')} wrote it" if lineage.step == "compress" else "as it was extracted"
     counted = f"{found.total.elements:,} numbers in {len(found.tensors)} tensors"
     yield f"{escape(', '.join(filter(None, (short(found.update), task, how))))}: {counted}\n"
     yield _by_kind(found)

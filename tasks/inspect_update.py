@@ -98,7 +98,7 @@ def inspect_update(
         int(stored["bf16_bytes"]),
         tuple(costs),
         lossy,
-        tuple(_notes(work, records, tensors)),
+        (*_notes(work, records, tensors), *_uncalibrated(chosen)),
     )
 
 
@@ -222,3 +222,9 @@ def _notes(work: _Work, records: Sequence[TensorRecord], tensors: Sequence[Measu
     heads = sum(record.role.startswith(HEAD) for record in work.source.manifest.tensors)
     if heads:
         yield f"{heads} tensors of task heads are left out, and are kept by every codec as they are"
+
+
+def _uncalibrated(codecs: Sequence[Codec]) -> Iterator[str]:
+    names = ", ".join(codec.name for codec in codecs if codec.examples)
+    if names:
+        yield f"{names} without the examples of the task that a chain would give it: rounded to the nearest"

@@ -69,7 +69,7 @@ def rows(text: str, title: str) -> dict[str, list[str]]:
 def test_tables_and_the_verdict_fit_into_80_columns(place: Place) -> None:
     text, wanted = shown(place.update[:15], "--workers", "2"), place.inspected()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    assert f"{place.update[:19]}, as extract gave it: {wanted.total.elements:,} numbers in 10 tensors" in text
+    assert f"{place.update[:19]}, as it was extracted: {wanted.total.elements:,} numbers in 10 tensors" in text
     kinds = rows(text, "by kind")
     assert list(kinds) == ["embedding", "attention", "mlp", "norm", "all"]
     assert kinds["all"][:2] == ["42.2k", f"{place.changed / wanted.total.elements:.1%}"] and kinds["norm"][1] == "0.0%"
@@ -85,6 +85,7 @@ def test_tables_and_the_verdict_fit_into_80_columns(place: Place) -> None:
     assert codecs["exact"][3] == "none"
     words = " ".join(text.split())
     assert "fits: exact" in words and "looks like an update of reinforcement learning" in words
+    assert "note: skillpack without the examples of the task" in words
     assert "steps between floats, given the exponents of the base" in words
 
 
