@@ -28,7 +28,7 @@ from torch import Tensor
 from storage.errors import Damaged, InvalidInput, Mismatch
 from storage.manifest import TensorRecord
 from tasks.codecs import Parts, Ternary, decoder
-from tasks.codecs.ternary import read_ternary
+from tasks.codecs.signs import Fours, read_ternary
 
 Words = NDArray[np.uint64]
 
@@ -82,7 +82,7 @@ def is_packed(record: TensorRecord) -> bool:
 
 
 def planes_of(parts: Parts, shape: tuple[int, ...]) -> Planes:
-    """The planes of a stored tensor of `ternary@2`, from its gaps and signs: it is never dense.
+    """The planes of a stored tensor of `ternary@2`, as it was written: it is never dense.
 
     Raises Damaged if the parts are not what the codec writes.
     """
@@ -98,6 +98,11 @@ def planes_of(parts: Parts, shape: tuple[int, ...]) -> Planes:
     if not scale:  # its entries are zeros, which have no sign
         return Planes(positive, negative, 1.0, elements)
     rows = positive.view(np.uint8), negative.view(np.uint8)
+    if isinstance(found, Fours):
+        for row, code in zip(rows, (1, 2), strict=True):
+            plane = found.plane(code)
+            row[: plane.size] = plane
+        return Planes(positive, negative, scale, elements)
     for places, signs in found.pieces():
         bits = np.uint8(128) >> (places & 7).astype(np.uint8)
         below = bits * signs

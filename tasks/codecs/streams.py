@@ -28,6 +28,7 @@ Numbers = NDArray[np.unsignedinteger[Any]]
 
 META = "meta"  # the part with the metadata: canonical JSON
 _ZSTD_LEVEL = 1  # on these streams higher levels are slower and often larger
+_CODES = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 _CHUNK = 1 << 18  # numbers that one model of pcodec is for
 _WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 
@@ -144,8 +145,13 @@ def squeeze(data: Bytes | bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(bytes(data))
 
 
+def squeeze_codes(data: Bytes) -> bytes:
+    """Bytes that are draws of their own through zstandard: Huffman codes, and repetitions only where they are long."""
+    return zstandard.ZstdCompressor(compression_params=_CODES).compress(np.ascontiguousarray(data).data)
+
+
 def expand(parts: Parts, key: str, size: int) -> Bytes:
-    """The inverse; `size` is what it must come to."""
+    """The inverse of both; `size` is what it must come to."""
     return exactly(expand_up_to(parts, key, size), size, key)
 
 
