@@ -40,10 +40,18 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
         if onto is None:
             raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
         parts = artifact.parts(name)
-        with _named(artifact, name):
-            restored = restore_parts(record.codec, parts, record.shape, onto)
+        try:
+            with _named(artifact, name):
+                restored = restore_parts(record.codec, parts, record.shape, onto)
+        except Damaged:
+            _check_base(artifact, record, parts, onto)
+            raise
         if tensor_digest(restored) != record.digest or restored.dtype != DTYPES[record.dtype]:
-            _refuse(artifact, record, parts, onto)
+            _check_base(artifact, record, parts, onto)
+            raise Damaged(
+                f"tensor {name!r} of {short(artifact.ref)} does not come back as it was written: its digest differs",
+                remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
+            )
         return restored.to(device)
     decoded = _decoded(artifact, record, device)
     if onto is not None:
@@ -101,8 +109,8 @@ def read_onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
     return found
 
 
-def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
-    """Say why what was restored is not what was written: another base, or damage."""
+def _check_base(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
+    """What cannot be restored may have been written against another base."""
     stated, found = meta_of(parts, record.shape).get("base") if parts else record.digest, tensor_digest(onto)
     if stated != found:
         raise Mismatch(
@@ -111,10 +119,6 @@ def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor
             found=f"{found[:12]}…",
             remedy="It can be restored only from the base that it was written against",
         )
-    raise Damaged(
-        f"tensor {record.name!r} of {short(artifact.ref)} does not come back as it was written: its digest differs",
-        remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
-    )
 
 
 def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:

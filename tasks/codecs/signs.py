@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.errors import Damaged
 from tasks.codecs.base import Parts
+from tasks.codecs.packing import pack_codes
 from tasks.codecs.streams import (
     Bytes,
     Numbers,
@@ -151,18 +152,11 @@ def fours_of(flat: NDArray[Any], threshold: float) -> Bytes:
         up, down = (piece >= threshold, piece <= -threshold) if threshold > 0 else (piece > 0, piece < 0)
         codes = down.view(np.uint8) << np.uint8(1)
         codes |= up.view(np.uint8)
-        codes = np.append(codes, np.zeros(-codes.size % 4, np.uint8)) if codes.size % 4 else codes
         start = place * PIECE // 4
-        data[start : start + codes.size // 4] = _paired(_paired(codes, 2), 4)
+        data[start : start + PIECE // 4] = np.frombuffer(pack_codes(codes, 2), dtype=np.uint8)
     return data
 
 
 def pieces_of(flat: NDArray[Any]) -> Iterator[NDArray[Any]]:
     for start in range(0, flat.size, PIECE):
         yield flat[start : start + PIECE]
-
-
-def _paired(codes: Bytes, bits: int) -> Bytes:
-    """Two codes of so many bits to a byte, the first above the second."""
-    pairs = codes.view(np.dtype("<u2"))  # the first is the low byte
-    return ((pairs << bits) | (pairs >> 8)).astype(np.uint8)

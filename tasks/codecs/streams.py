@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,9 +145,16 @@ def squeeze(data: Bytes | bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(bytes(data))
 
 
-def squeeze_codes(data: Bytes) -> bytes:
-    """Bytes that are draws of their own through zstandard: Huffman codes, and repetitions only where they are long."""
-    return zstandard.ZstdCompressor(compression_params=_CODES).compress(np.ascontiguousarray(data).data)
+def squeeze_codes(several: Sequence[Bytes]) -> bytes:
+    """Bytes that are draws of their own through zstandard: Huffman codes, and repetitions only where they are long.
+
+    They become one frame. Each of the several gets codes of its own.
+    """
+    press = zstandard.ZstdCompressor(compression_params=_CODES).compressobj(size=sum(one.size for one in several))
+    blocks = []
+    for one in several:
+        blocks += [press.compress(np.ascontiguousarray(one).data), press.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    return b"".join([*blocks, press.flush()])
 
 
 def expand(parts: Parts, key: str, size: int) -> Bytes:

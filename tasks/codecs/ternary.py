@@ -108,7 +108,7 @@ class Ternary(Codec):
         }
         found = gaps_of(flat, threshold, _CROWDED * flat.size)
         if found is None:
-            return Coded(with_meta(meta, {"fours": squeeze_codes(fours_of(flat, threshold))}), decoder(self))
+            return Coded(with_meta(meta, {"fours": squeeze_codes([fours_of(flat, threshold)])}), decoder(self))
         gaps, signs = found
         if not gaps.size:
             return Coded({}, decoder(self))

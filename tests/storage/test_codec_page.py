@@ -70,7 +70,7 @@ FORMS = {
     "dense@1 A.tensor B.tensor",
     "ternary@2",
     "ternary@2 gaps meta signs",
-    "ternary@2 mask meta signs",
+    "ternary@2 fours meta",
     "rtn@1",
     "rtn@1 meta packed scales zeros",
     "rtn@1 codes meta scales zeros",

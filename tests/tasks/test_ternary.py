@@ -129,7 +129,7 @@ def test_four_to_a_byte_whatever_the_size(size: int) -> None:
 @pytest.mark.parametrize("broken", [[0b11_00_00_00, 0], [0, 0b00_00_00_01]], ids=["no entry", "beyond the end"])
 def test_four_to_a_byte_are_checked(broken: list[int]) -> None:
     parts = Ternary().encode(Leaf("w", "bare", torch.ones(7)), {"threshold": 0.5, "magnitude": 1.0}).parts
-    parts["fours"] = stream(squeeze_codes(np.array(broken, dtype=np.uint8)))
+    parts["fours"] = stream(squeeze_codes([np.array(broken, dtype=np.uint8)]))
     with pytest.raises(Damaged, match="what is no entry"):
         Ternary.decode(parts, (7,))
 
