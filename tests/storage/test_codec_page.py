@@ -85,8 +85,8 @@ FORMS = {
     "skillpack@1 codes meta scales shares zeros",
     "skillpack@1 codes meta order scales shares zeros",
     "exact@1",
-    "exact@1 gaps meta steps",
-    "exact@1 meta steps",
+    "exact@1 fields meta more",
+    "exact@1 gaps meta more",
     "exact@1 meta planes",
 }
 
