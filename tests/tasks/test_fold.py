@@ -25,6 +25,7 @@ from tests.builders import checkpoint_of, memory_store, random_tensors, update_o
 
 RECIPES = {name: Recipe(kind()) for name, kind in MERGERS.items()}
 COMPOSED = {
+    "ties of the largest": Recipe(MERGERS["ties"](aggregate="max")),
     "dare": Recipe(Average(), sparsify=Dare(density=0.5)),
     "della": Recipe(TaskArithmetic(), sparsify=Della()),
     "match_norm": Recipe(MERGERS["ties"](), scaling=MatchNorm()),
