@@ -161,10 +161,8 @@ def _source(kind: Any) -> str:
 
 
 def _state(kind: Any) -> str:
-    size = str(kind.state_size)
-    if ":" in size or " " not in size:
-        return size.partition(":")[0]
-    return f"{size.partition(' ')[0]} ..."  # the whole of it is among the settings
+    """How large the state is, without what explains it: that is among the settings."""
+    return re.split("[:;]", str(kind.state_size), maxsplit=1)[0]
 
 
 def _type(hint: Any) -> str:

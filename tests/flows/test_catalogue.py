@@ -35,11 +35,12 @@ def test_everything_is_listed_and_fits(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     words = {line.split()[0] for line in text.splitlines() if line.strip() and line.startswith(" ")}
     assert set(FAMILIES) <= words
-    assert "…" not in text
+    assert "…" not in text and "..." not in text
 
 
 def test_a_row_says_what_a_merger_is() -> None:
     rows = {line.split()[0]: line for line in printed(catalogue.overview(200), 200).splitlines() if line.strip()}
+    assert rows["tsv_m"].split()[1:4] == ["at", "most", "2"]
     assert rows["ties"].split()[:5] == ["ties", "4", "yes", "arXiv", "2306.01708"]
     assert "trim each update, elect a sign per entry" in rows["ties"]
     joint = {name for name, kind in MERGERS.items() if issubclass(kind, Joint)}
