@@ -9,10 +9,11 @@ from torch import Tensor
 from storage.artifacts import Artifact, ArtifactStore
 from storage.manifest import Lineage, TensorRecord
 from storage.refs import CheckpointRef, StateRef, short
-from tasks.mergers import Joint, Target
+from tasks.mergers import Joint, Sums, Target
 from tasks.packed import is_packed
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import recipe_of
+from tasks.scalings import AnyScaling
 from tasks.stored import State, Update, added, cost, scalings_own
 from tasks.tensors import check_base, check_finite, dtype_name, read_tensor, wide
 
@@ -124,6 +125,21 @@ class _Merged:
         if scaling is None:
             return None
         records = [record for record in self._root.manifest.tensors if record.name in self._roles]
-        shares = in_order(records, lambda one: scaling.measure(self.delta(one.name)), cost(self.workspace), budget)
-        names = [record.name for record in records]
-        return scaling.factors(names, float(self.state.facts["count"]), scalings_own(self.state.facts), added(shares))
+
+        def measured(record: TensorRecord) -> tuple[Sums, Sums]:
+            return scaling.measure(self.delta(record.name)), self._share(scaling, record.name)
+
+        found = list(in_order(records, measured, cost(self.workspace), budget))
+        facts = {**scalings_own(self.state.facts), **added(share for _, share in found)}
+        names, count = [record.name for record in records], float(self.state.facts["count"])
+        return scaling.factors(names, count, facts, added(one for one, _ in found))
+
+    def _share(self, scaling: AnyScaling, name: str) -> Sums:
+        """What the scaling finds in the sum of the updates, of which a joint merger's state keeps none."""
+        if not self._updates or not scaling.needs_total:
+            return {}
+        total: Tensor | None = None
+        for update, weight in zip(self._updates, self.state.facts["weights"], strict=True):
+            delta = update.delta(update.artifact.record(name))
+            total = delta * weight if total is None else total + delta * weight
+        return scaling.share(delta, total)

@@ -30,6 +30,7 @@ COMPOSED = {
     "della": Recipe(TaskArithmetic(), sparsify=Della()),
     "match_norm": Recipe(MERGERS["ties"](), scaling=MatchNorm()),
     "lines": Recipe(MERGERS["ties"](), scaling=Lines()),
+    "lines of a joint one": Recipe(MERGERS["model_stock"](), sparsify=Dare(density=0.5), scaling=Lines()),
     "all": Recipe(MERGERS["opcm"](), sparsify=Dare(density=0.5), scaling=Lines(beta=0.2)),
 }
 # those that leave work to torch which it shares out: decompositions and sums of whole tensors

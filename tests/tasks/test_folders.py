@@ -29,7 +29,7 @@ from tasks.folders.scratch import Scratch
 from tasks.ingest import Checkpoint, ingest
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import MERGERS, Average, Opcm, Target, TaskArithmetic, Ties, TsvM
+from tasks.mergers import MERGERS, Average, Karcher, Opcm, Target, TaskArithmetic, Ties, TsvM
 from tasks.parallel import Budget
 from tasks.recipe import Recipe
 from tasks.scalings import Lines, MatchNorm
@@ -98,7 +98,9 @@ class TestNumbers:
         same(found, weights_of(through_store(inputs, recipe, tmp_path / "line")))
 
     @pytest.mark.parametrize("scaling", [MatchNorm(), Lines(beta=0.1)], ids=lambda one: one.name)
-    @pytest.mark.parametrize("merger", [Average(), Ties(), Opcm(variant="reference")], ids=lambda one: one.name)
+    @pytest.mark.parametrize(
+        "merger", [Average(), Ties(), Opcm(variant="reference"), Karcher()], ids=lambda one: one.name
+    )
     def test_scalings(self, scaling: Any, merger: Any, tmp_path: Path) -> None:
         inputs, recipe = folders(tmp_path, "CLIPVisionModel"), Recipe(merger, scaling=scaling)
         found = merged(inputs, tmp_path / "out", recipe)
