@@ -71,7 +71,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   DELTAWORKS_DEVICE    cpu or cuda
 
-  DELTAWORKS_THREADS   CPU threads of torch (1)
+  DELTAWORKS_THREADS   CPU threads of torch in training and evaluation (1)
 
   DELTAWORKS_WORKERS   tensors worked on at once (a core each, up to 16)
 
