@@ -59,6 +59,10 @@ class ObjectStore(Protocol):
         """Keys that start with `prefix`, sorted."""
         ...
 
+    def delete(self, key: str) -> None:
+        """Remove `key` if it is there. Only for what no manifest and no journal names."""
+        ...
+
 
 def check_key(key: str) -> str:
     if not _KEY.fullmatch(key):
@@ -111,6 +115,10 @@ class MemoryObjects:
         with self._lock:
             return iter(sorted(key for key in self._objects if key.startswith(prefix)))
 
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+
 
 class Overlay:
     """Reads of one store, with writes that go to another: for results that nobody will keep."""
@@ -136,6 +144,10 @@ class Overlay:
 
     def list(self, prefix: str) -> Iterator[str]:
         return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
+
+    def delete(self, key: str) -> None:
+        """Remove what was written above; what is below stays, and is seen again."""
+        self._above.delete(key)
 
     def _holder(self, key: str) -> ObjectStore:
         return self._below if self._above.size(key) is None else self._above
@@ -199,6 +211,14 @@ class DirectoryObjects:
         found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
         keys = (path.relative_to(self.root).as_posix() for path in found)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise Unavailable(f"cannot remove {self._path(key)}: {error}") from error
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)

@@ -207,6 +207,11 @@ class S3Objects:
         # Consoles mark folders by empty objects that end in a slash. Not every kind of bucket lists in order.
         return iter(sorted(key.removeprefix(self._root) for key in found if not key.endswith("/")))
 
+    def delete(self, key: str) -> None:
+        place = self._place(key)
+        with self._errors(place):
+            self._connect().delete_object(Bucket=self.bucket, Key=place)  # a success too if there was nothing
+
     def _place(self, key: str) -> str:
         return self._root + check_key(key)
 

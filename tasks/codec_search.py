@@ -11,7 +11,7 @@ from tasks.checkpoints import load_model
 from tasks.codecs import Codec, Trial
 from tasks.compress import Inputs, compress_update
 from tasks.evaluate import TABLE, NamedSuite
-from tasks.fine_tune import Report
+from tasks.loop import Report
 from tasks.materialize import materialize
 from tasks.merge import fold_update
 from tasks.mergers import TaskArithmetic

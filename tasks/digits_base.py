@@ -17,7 +17,8 @@ from tasks.checkpoints import CONFIG, config_of, write_checkpoint
 from tasks.choice import Choice, require
 from tasks.data import Digits, Rows, Split
 from tasks.exclusive import PROCESS_STATE
-from tasks.fine_tune import Report, train
+from tasks.fine_tune import train
+from tasks.loop import Report
 from tasks.naming import Skeleton
 from tasks.suites.base import Batch
 from tasks.tuners.full import Full

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput
-from storage.manifest import Lineage
+from storage.manifest import Lineage, canonical, digest
 from storage.refs import CheckpointRef, short
+from storage.saves import Saves
 from tasks.checkpoints import HISTORY, load_model, skeleton_of
+from tasks.data import Rows, Split
+from tasks.devices import require_trainable
 from tasks.exclusive import PROCESS_STATE
+from tasks.loop import Best, Loop, Point, Report, Watcher
+from tasks.resume import put_back
 from tasks.suites import AnySuite
-from tasks.suites.base import Trainable
+from tasks.suites.base import Trainable, batches
 from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
 from tasks.tuners import AnyTuner, Factors
-
-Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
 
 
 def fine_tune(
@@ -39,24 +43,37 @@ def fine_tune(
     """`base` trained on `suite`. Parameters that did not change share the base's blobs; those that did are float32.
 
     The master weights are float32 whatever the base's dtype, so that small changes are not rounded away. Equal inputs
-    give equal bytes on one machine with one thread count; between devices the last bits differ.
+    give equal bytes on one machine with one thread count; between devices the last bits differ. A training that was
+    killed goes on at its last save, and on a CPU ends with the bytes that it would have had.
     """
+    require_trainable(device, tuner.precision)
     source = store.open(base, "checkpoint")
     problem = suite.open(source)
+    spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
+    lineage = Lineage("fine_tune", {"base": base}, spec)
+    saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
     with PROCESS_STATE, torch.random.fork_rng():
         backbone = load_model(source, dtype=torch.float32)
         set_seed(tuner.seed)
         tuner.attach(backbone, skeleton_of(source))
-        history = train(problem.wrap(backbone), problem, tuner, device, report)
-    spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
-    return _store(source, backbone, tuner, Lineage("fine_tune", {"base": base}, spec), task, history, store)
+        _trade_time_for_memory(backbone, tuner)
+        trained = train(problem.wrap(backbone), problem, tuner, device, report, saves if tuner.save_every else None)
+    tuned = _store(source, backbone, tuner, lineage, task, trained, store)
+    saves.clear()
+    return tuned
 
 
-def train(model: nn.Module, problem: Trainable, tuner: AnyTuner, device: str, report: Report) -> list[dict[str, float]]:
-    """Run the schedule of `tuner` over what is trainable in `model`. Returns step and loss, ten times a run.
+def train(
+    model: nn.Module, problem: Trainable, tuner: AnyTuner, device: str, report: Report, saves: Saves | None = None
+) -> Trained:
+    """Run the schedule of `tuner` over what is trainable in `model`, from the last save if there is one.
 
     The caller holds the global generator: see `fine_tune`.
     """
+    rows = _rows(problem, "train")
+    held_out = _rows(problem, "validation") if tuner.validate_every else None
+    validate = None if held_out is None else partial(_loss, problem, held_out, tuner.batch)
+    watcher = Watcher(tuner, report, saves, validate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -69,68 +86,83 @@ def train(model: nn.Module, problem: Trainable, tuner: AnyTuner, device: str, re
             lr_scheduler_type=SchedulerType.COSINE,
             max_grad_norm=tuner.clip,
             bf16=tuner.precision == "bfloat16",
+            fp16=tuner.precision == "float16",
             seed=tuner.seed,
             use_cpu=device == "cpu",
-            logging_steps=max(1, tuner.steps // 10),
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu",
         )
-        rows: Any = _Examples(problem.rows("train"))
-        if len(rows) == 0:
-            raise InvalidInput("the train split is empty", remedy="Check the path and the split names of the data")
-        watcher = _Watcher(report)
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=problem.collate, callbacks=[watcher]
-        )
-        trainer.remove_callback(_printer())
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # one GPU a training: the Trainer would split batches over all that it sees
+        loop = Loop(watcher, model=model, args=arguments, train_dataset=_Examples(rows), data_collator=problem.collate)
         try:
-            trainer.train()
+            loop.train(resume_from_checkpoint=watcher.resume_folder(Path(folder), tuner.batch))
         except torch.OutOfMemoryError as error:
+            less = f"Set batch {max(1, tuner.batch // 2)} and accumulate {tuner.accumulate * 2}"
+            more = "" if tuner.gradient_checkpointing else "set gradient_checkpointing, "
             raise InvalidInput(
-                f"the device ran out of memory at batch {tuner.batch}",
-                remedy=f"Set batch {max(1, tuner.batch // 2)} and accumulate {tuner.accumulate * 2}, or tune with lora",
+                f"the device ran out of memory at batch {tuner.batch}", remedy=f"{less}, {more}or tune with lora"
             ) from error
     model.to("cpu").eval()
-    return watcher.history
+    if watcher.best is not None:
+        put_back(model, watcher.best.weights)
+    return Trained(watcher.history, watcher.best)
+
+
+class Trained(NamedTuple):
+    """What a training tells of itself: losses by step, and the best measurement on the validation split."""
+
+    history: list[Point]
+    best: Best | None
+
+
+def _rows(problem: Trainable, split: Split) -> Rows:
+    rows = problem.rows(split)
+    if len(rows) == 0:
+        raise InvalidInput(f"the {split} split is empty", remedy="Check the path and the split names of the data")
+    return rows
+
+
+@torch.no_grad()
+def _loss(problem: Trainable, rows: Rows, batch: int, model: nn.Module) -> float:
+    """The mean loss of all rows."""
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for number, one in enumerate(batches(rows, batch, problem.collate)):
+        loss = model(**{name: value.to(device) for name, value in one.items()})["loss"]
+        total += float(loss) * min(batch, len(rows) - number * batch)
+    model.train()
+    return total / len(rows)
+
+
+def _trade_time_for_memory(backbone: PreTrainedModel, tuner: AnyTuner) -> None:
+    if not tuner.gradient_checkpointing:
+        return
+    if not backbone.supports_gradient_checkpointing:
+        raise InvalidInput(
+            f"{type(backbone).__name__} cannot checkpoint its gradients",
+            remedy="Set gradient_checkpointing to false; a smaller batch takes less memory too",
+        )
+    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 class _Examples(Dataset[dict[str, Any]]):
     """Rows as the Trainer wants them."""
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = self._rows[index]
-        return found
-
-
-class _Watcher(TrainerCallback):
-    """Passes progress on, and keeps the losses."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self.history: list[dict[str, float]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        note = f"loss {self.history[-1]['loss']:.3f}" if self.history else ""
-        self._report(state.global_step, state.max_steps, note)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.history.append({"step": state.global_step, "loss": float(logs["loss"])})
-
-
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
+        return self._rows[index]
 
 
 def _store(
@@ -139,7 +171,7 @@ def _store(
     tuner: AnyTuner,
     lineage: Lineage,
     task: str,
-    history: list[dict[str, float]],
+    trained: Trained,
     store: ArtifactStore,
 ) -> CheckpointRef:
     draft = store.draft("checkpoint", lineage)
@@ -166,7 +198,10 @@ def _store(
             )
     assert not changed, f"trained parameters without a place in the base: {sorted(changed)}"
     draft.share_assets(source.manifest.assets)
-    draft.add_asset(HISTORY, json.dumps(history).encode())
-    final = {"loss": history[-1]["loss"]} if history else {}
+    draft.add_asset(HISTORY, json.dumps(trained.history).encode())
+    losses = [point["loss"] for point in trained.history if "loss" in point]
+    final: dict[str, float] = {"loss": losses[-1]} if losses else {}
+    if trained.best is not None:
+        final |= {"validation_loss": trained.best.loss, "best_step": trained.best.step}
     draft.facts.update({**source.manifest.facts, "task": task, **final})
     return CheckpointRef(draft.commit())

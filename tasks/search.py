@@ -18,7 +18,7 @@ from storage.tables import write_rows
 from tasks.checkpoints import load_model
 from tasks.choice import Choice, require
 from tasks.evaluate import TABLE, NamedSuite
-from tasks.fine_tune import Report
+from tasks.loop import Report
 from tasks.materialize import materialize
 from tasks.parallel import Budget
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 Rows = Sequence[dict[str, Any]]  # column -> value; which columns a suite needs, the suite says
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tasks.choice import Choice, require
 from tasks.data.base import Rows, Split
+from tasks.data.held_out import part, require_share
 
 View = Literal["id", "rot90", "rot180", "transpose", "invert", "roll", "permute", "mixed"]
 VIEWS: tuple[View, ...] = ("id", "rot90", "rot180", "transpose", "invert", "roll", "permute")
@@ -28,6 +29,7 @@ class Digits(Choice):
     """`view`: how the pixels are shown; `mixed` shows every scan in all seven. `seed`: of the stratified split.
 
     Rows have `pixel_values` [1, 8, 8] in [-1, 1] and `label` 0..9. `limit` keeps only the first examples of a split.
+    `holdout`: the share of the scans to train on that is the validation split instead, whatever the view.
     """
 
     name: Literal["digits"] = "digits"
@@ -35,16 +37,25 @@ class Digits(Choice):
     view: View = "id"
     seed: int = 0
     limit: int | None = None
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit > 0, "limit", "positive", self.limit)
+        require_share(self.holdout)
+
+    def spec(self) -> dict[str, Any]:
+        """Without a holdout of nothing, so that what was made before there were holdouts is found."""
+        return {name: value for name, value in super().spec().items() if name != "holdout" or value}
 
     def fingerprint(self) -> str:
         images, labels = _split(self.seed, "train")
         return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
 
     def rows(self, split: Split) -> Rows:
-        images, labels = _split(self.seed, split)
+        images, labels = _split(self.seed, "test" if split == "test" else "train")
+        if split == "validation" or (split == "train" and self.holdout):
+            chosen = part((image.numpy().tobytes() for image in images), split, self.holdout, has_test=True)
+            images, labels = images[chosen], labels[chosen]
         images, labels = images[: self.limit], labels[: self.limit]
         shown = _show(images, self.view).unsqueeze(1)
         targets = labels.repeat(len(shown) // len(labels)).tolist()
@@ -58,7 +69,7 @@ class Digits(Choice):
 
 
 @cache
-def _split(seed: int, split: Split) -> tuple[Tensor, Tensor]:
+def _split(seed: int, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

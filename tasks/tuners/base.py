@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,6 +26,13 @@ class Training(Choice):
 
     `steps` optimiser steps of `batch` examples; `warmup` is a share of the steps; `seed` decides the order of the
     examples, dropout, and new parameters.
+
+    `precision` is that of the arithmetic; weights are kept in float32. `gradient_checkpointing` computes activations
+    twice instead of keeping them: less memory, more time. Every `save_every` steps the state is saved in the store, so
+    that a training that was killed goes on there (0: never).
+
+    Every `validate_every` steps the loss on the data's validation split is measured, and the weights with the lowest
+    are the result; with `patience`, the training ends after so many measurements without a lower one.
     """
 
     steps: int = 100
@@ -35,8 +42,12 @@ class Training(Choice):
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
+    gradient_checkpointing: bool = False
+    save_every: int = 500
+    validate_every: int = 0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "steps", "positive", self.steps)
@@ -45,6 +56,15 @@ class Training(Choice):
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
+        require(self.save_every >= 0, "save_every", "0 or more", self.save_every)
+        require(self.validate_every >= 0, "validate_every", "0 or more", self.validate_every)
+        most = "0 or more" if self.validate_every else "0, because validate_every is 0"
+        require(self.patience >= 0 and (self.validate_every > 0 or not self.patience), "patience", most, self.patience)
+
+    def spec(self) -> dict[str, Any]:
+        """Without what has no influence on the result, so that a training is found again whichever way it was run."""
+        how = ("gradient_checkpointing", "save_every", *(() if self.validate_every else ("validate_every", "patience")))
+        return {name: value for name, value in super().spec().items() if name not in how}
 
 
 class Tuner(Protocol):

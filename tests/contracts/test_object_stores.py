@@ -162,6 +162,19 @@ class TestObjectStore:
                 use(key)
         assert list(objects.list("")) == []
 
+    def test_what_is_deleted_is_gone_and_may_be_written_again(self, objects: ObjectStore) -> None:
+        objects.put("blob/a", b"1")
+        objects.put("blob/ab", b"2")
+        objects.delete("blob/a")
+        objects.delete("blob/a")  # twice is no error: a retried request must not fail
+        objects.delete("nothing/here")
+        assert list(objects.list("")) == ["blob/ab"]
+        assert objects.size("blob/a") is None
+        with pytest.raises(Missing):
+            objects.get("blob/a")
+        assert objects.create("blob/a", b"3")
+        assert objects.get("blob/a") == b"3"
+
     def test_the_address_opens_the_same_store(self, objects: ObjectStore) -> None:
         objects.put("key", b"content")
         again = open_objects(objects.url)

@@ -1,0 +1,43 @@
+"""Devices: whether there is what a training asks for. Asked before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from storage.errors import InvalidInput
+
+
+def require_device(device: str) -> None:
+    """Refuse a GPU that torch does not see."""
+    wanted = torch.device(device)
+    if wanted.type != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InvalidInput(
+            f"the device is {device!r}, but torch {torch.__version__} sees no GPU",
+            remedy="Install a CUDA build of torch that fits the driver, or set DELTAWORKS_DEVICE=cpu",
+        )
+    if (wanted.index or 0) >= count:
+        raise InvalidInput(f"the device is {device!r}, but torch sees {count} GPU(s), numbered from 0")
+
+
+def require_trainable(device: str, precision: str) -> None:
+    """Refuse what the Trainer cannot do on this device, in this precision."""
+    require_device(device)
+    wanted = torch.device(device)
+    if wanted.type == "cuda" and wanted.index:
+        raise InvalidInput(
+            f"a training takes the first GPU that it sees, not {device!r}",
+            remedy=f"Set CUDA_VISIBLE_DEVICES={wanted.index} and DELTAWORKS_DEVICE=cuda",
+        )
+    if precision == "float16" and wanted.type != "cuda":
+        raise InvalidInput(
+            f"precision float16 needs a CUDA GPU, and the device is {device!r}",
+            remedy="Set precision to bfloat16 or float32",
+        )
+    if precision == "bfloat16" and wanted.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise InvalidInput(
+            f"{torch.cuda.get_device_name(wanted)} has no bfloat16 arithmetic",
+            remedy="Set precision to float16 or float32",
+        )

@@ -1,0 +1,174 @@
+"""The loop: what happens around the steps of transformers' Trainer.
+
+Losses are kept and looked at, the validation split is measured, the best weights are held, and the whole state is
+saved now and then. All of it hangs on the Trainer's callbacks. Its own checkpoints are folders of pickles, and its own
+evaluation draws from the global generator: neither is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+
+from storage.errors import InvalidInput
+from storage.saves import Save, Saves
+from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
+from tasks.tuners.base import Training
+
+Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
+Point = dict[str, float]  # a step, and what was measured there
+
+
+class Best(NamedTuple):
+    """The lowest validation loss so far."""
+
+    step: int
+    loss: float
+    weights: dict[str, Tensor]
+
+
+class Watcher(TrainerCallback):
+    """The state of a training beside that of the Trainer. `validate` measures the loss on the validation split."""
+
+    def __init__(
+        self, tuner: Training, report: Report, saves: Saves | None, validate: Callable[[nn.Module], float] | None
+    ) -> None:
+        self.history: list[Point] = []
+        self.best: Best | None = None
+        self.scaler: Any = None
+        self._tuner, self._report, self._saves, self._validate = tuner, report, saves, validate
+        self._every = max(1, tuner.steps // 10)
+        self._sum = 0.0  # of the losses since the last point
+        self._misses = 0  # measurements since the best one
+        self._save = saves.newest() if saves is not None else None
+        self._states: dict[str, Any] | None = None  # of the generators, until they are set
+
+    def resume_folder(self, folder: Path, batch: int) -> str | None:
+        """A folder that tells the Trainer at which step to go on, if the training was saved."""
+        if self._save is None:
+            return None
+        epoch = unflattened(self._save.state, self._save.tensors)["epoch"]
+        state = TrainerState(epoch, self._save.step, self._tuner.steps, eval_steps=None, train_batch_size=batch)
+        state.save_to_json(str(folder / "trainer_state.json"))
+        return str(folder)
+
+    def lost(self, loss: float, step: int) -> None:
+        """Note the loss of a batch in the step after `step`. Raises InvalidInput if it is no number."""
+        if not math.isfinite(loss):
+            raise self._diverged(step + 1)
+        self._sum += loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save, self._save = self._save, None
+        if save is not None:
+            self._restore(save, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
+            self._report(save.step, state.max_steps, f"resumed at step {save.step}")
+
+    # A new epoch draws from the generators before its first step, a step in its middle does not.
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._states is not None:
+            set_generators(self._states)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        states, self._states = self._states, None
+        if states is not None and state.epoch % 1:
+            set_generators(states)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, model = state.global_step, kwargs["model"]
+        if step % self._every == 0:
+            self._note(step, "loss", self._sum / self._every)
+            self._sum = 0.0
+        losses = [point["loss"] for point in self.history if "loss" in point]
+        self._report(step, state.max_steps, f"loss {losses[-1]:.3f}" if losses else "")
+        every = self._tuner.validate_every
+        if self._validate is not None and (step % every == 0 or step == state.max_steps):
+            self._measure(step, model)
+            if self._tuner.patience and self._misses >= self._tuner.patience:
+                control.should_training_stop = True
+        over = control.should_training_stop or step == state.max_steps
+        if self._saves is not None and step % self._tuner.save_every == 0 and not over:
+            self._write(step, state.epoch, model, kwargs["optimizer"], kwargs["lr_scheduler"])
+
+    def _measure(self, step: int, model: nn.Module) -> None:
+        assert self._validate is not None
+        loss = self._validate(model)
+        if not math.isfinite(loss):
+            raise self._diverged(step)
+        self._note(step, "validation_loss", loss)
+        if self.best is None or loss < self.best.loss:
+            self.best = Best(step, loss, {name: value.cpu().clone() for name, value in learned(model).items()})
+            self._misses = 0
+        else:
+            self._misses += 1
+
+    def _note(self, step: int, name: str, value: float) -> None:
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": step})
+        self.history[-1][name] = value
+
+    def _write(self, step: int, epoch: float, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        assert self._saves is not None
+        weights = learned(model)
+        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+            raise self._diverged(step)
+        state: dict[str, Any] = {
+            "epoch": epoch,
+            "weights": weights,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "generators": generators(),
+            "history": self.history,
+            "sum": self._sum,
+            "misses": self._misses,
+            "best": None if self.best is None else self.best._asdict(),
+        }
+        tensors: dict[str, Tensor] = {}
+        self._saves.write(step, flattened(state, "save", tensors), tensors)
+
+    def _restore(self, save: Save, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        state = unflattened(save.state, save.tensors)
+        put_back(model, state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self._states = state["generators"]
+        self.history, self._sum, self._misses = state["history"], state["sum"], state["misses"]
+        self.best = None if state["best"] is None else Best(**state["best"])
+
+    def _diverged(self, step: int) -> InvalidInput:
+        tuner = self._tuner
+        save = self._saves.newest() if self._saves is not None else None
+        kept = f"; its state after step {save.step}, the last that was saved, is kept" if save else ""
+        half = "" if tuner.precision == "float32" else f", or set precision to float32 (it is {tuner.precision})"
+        return InvalidInput(
+            f"the training diverged: its loss or weights were NaN or infinite at step {step} of {tuner.steps}{kept}",
+            remedy=f"Lower learning_rate (it is {tuner.learning_rate:g}), raise warmup, or lower clip{half}",
+        )
+
+
+class Loop(Trainer):
+    """The Trainer, which shows its watcher every loss."""
+
+    def __init__(self, watcher: Watcher, **settings: Any) -> None:
+        super().__init__(callbacks=[watcher], **settings)
+        self.remove_callback(PrinterCallback)
+        self._watcher = watcher
+        watcher.scaler = self.accelerator.scaler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._watcher.lost(float(loss), self.state.global_step)
+        return loss
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the watcher puts the weights back, together with everything else."""
