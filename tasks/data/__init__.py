@@ -8,8 +8,9 @@ from tasks.choice import BY_NAME
 from tasks.data.base import Rows, Source, Split
 from tasks.data.digits import Digits
 from tasks.data.hub import Hub
+from tasks.data.jsonl import Jsonl
 from tasks.data.parquet import Parquet
 
-AnyData = Annotated[Digits | Parquet | Hub, BY_NAME]
+AnyData = Annotated[Digits | Parquet | Jsonl | Hub, BY_NAME]
 
-__all__ = ["AnyData", "Digits", "Hub", "Parquet", "Rows", "Source", "Split"]
+__all__ = ["AnyData", "Digits", "Hub", "Jsonl", "Parquet", "Rows", "Source", "Split"]

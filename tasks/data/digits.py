@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tasks.choice import Choice, require
 from tasks.data.base import Rows, Split
-from tasks.data.held_out import part, require_share
+from tasks.data.held_out import part, require_share, spec_without_holdout
 
 View = Literal["id", "rot90", "rot180", "transpose", "invert", "roll", "permute", "mixed"]
 VIEWS: tuple[View, ...] = ("id", "rot90", "rot180", "transpose", "invert", "roll", "permute")
@@ -44,8 +44,7 @@ class Digits(Choice):
         require_share(self.holdout)
 
     def spec(self) -> dict[str, Any]:
-        """Without a holdout of nothing, so that what was made before there were holdouts is found."""
-        return {name: value for name, value in super().spec().items() if name != "holdout" or value}
+        return spec_without_holdout(super().spec())
 
     def fingerprint(self) -> str:
         images, labels = _split(self.seed, "train")
@@ -54,7 +53,7 @@ class Digits(Choice):
     def rows(self, split: Split) -> Rows:
         images, labels = _split(self.seed, "test" if split == "test" else "train")
         if split == "validation" or (split == "train" and self.holdout):
-            chosen = part((image.numpy().tobytes() for image in images), split, self.holdout, has_test=True)
+            chosen = part((image.numpy().tobytes() for image in images), split, self.holdout, ["test"])
             images, labels = images[chosen], labels[chosen]
         images, labels = images[: self.limit], labels[: self.limit]
         shown = _show(images, self.view).unsqueeze(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 from storage.errors import InvalidInput, Unavailable
 from tasks.choice import Choice, require
 from tasks.data.base import Rows, Split
+from tasks.data.held_out import content, part, require_share, spec_without_holdout
 
 _HASHED_AT_ONCE = 1000  # rows; also part of what the fingerprint means, so it never changes
 
@@ -23,7 +25,8 @@ class Hub(Choice):
     """`repo`: a data set such as `tanganke/sun397`, or a folder. `config`: its subset, if it has several.
 
     `train_split`, `test_split`: names of splits, or parts of them such as `train[90%:]`. `revision`: branch, tag or
-    commit; give a commit for a chain that must never change. `limit` keeps only the first rows of a split.
+    commit; give a commit for a chain that must never change. `limit` keeps only the first rows of a split. `holdout`:
+    with it `validation_split` and `test_split` may be none, and take this share of the training rows each, by a hash.
     Code in data sets is never run; data sets of private repositories need HF_TOKEN.
     """
 
@@ -32,20 +35,30 @@ class Hub(Choice):
     repo: str = ""
     config: str | None = None
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str | None = "test"
+    validation_split: str | None = None
     revision: str | None = None
     limit: int | None = None
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
+        require_share(self.holdout)
+        require(bool(self.test_split or self.holdout), "test_split", "a name, or none where holdout is set", None)
         require(bool(self.repo), "repo", "a data set's name on the hub or a folder", self.repo)
         require(self.limit is None or self.limit > 0, "limit", "positive", self.limit)
+
+    def spec(self) -> dict[str, Any]:
+        return spec_without_holdout(super().spec())
 
     def fingerprint(self) -> str:
         """A digest of the rows of both splits and of their types, whatever cache or commit they were read from.
 
         The library's own fingerprint and the commit name places and times, and would change while the rows do not.
         """
-        return hashlib.sha256(f"{_digest_split(self, 'train')} {_digest_split(self, 'test')}".encode()).hexdigest()
+        splits: list[Split] = ["train", "test"]
+        if self.validation_split or self.holdout:
+            splits.append("validation")
+        return hashlib.sha256(" ".join(_digest_split(self, split) for split in splits).encode()).hexdigest()
 
     def rows(self, split: Split) -> Rows:
         found: Rows = _load(self, split)
@@ -73,7 +86,8 @@ def _load_now(spec: Hub, split: Split) -> Any:
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = spec.train_split if split == "train" else spec.test_split
+    own: dict[Split, str | None] = {"validation": spec.validation_split, "test": spec.test_split}
+    wanted = own.get(split) or spec.train_split
     folder = Path(spec.repo).expanduser()
     path = str(folder) if folder.is_dir() else spec.repo
     try:
@@ -103,11 +117,22 @@ def _load_now(spec: Hub, split: Split) -> Any:
             f"data set {spec.repo!r} has no config {spec.config!r} with a split {wanted!r}: {_text(error)}",
             remedy="Correct config, train_split or test_split",
         ) from error
+    if not own.get(split) and (split != "train" or spec.holdout):
+        mine = [one for one in own if own[one]]
+        dataset = dataset.select(part(_contents(dataset), split, spec.holdout, mine))
     if spec.limit is not None:
         dataset = dataset.select(range(min(spec.limit, len(dataset))))
     if len(dataset) == 0:
         raise InvalidInput(f"split {wanted!r} of data set {spec.repo!r} is empty", remedy="Name another split")
     return dataset
+
+
+def _contents(dataset: Any) -> Iterator[bytes]:
+    """What stands for each row, with the bytes of the files that rows only point to."""
+    from datasets.table import embed_table_storage
+
+    for table in dataset.with_format("arrow").iter(_HASHED_AT_ONCE):
+        yield from map(content, embed_table_storage(table).to_pylist())
 
 
 def _text(error: BaseException) -> str:
