@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +53,16 @@ def fine_tune(
     spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
     lineage = Lineage("fine_tune", {"base": base}, spec)
     saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
+    seen = problem.check(problem.rows("train"))
+    if seen.get("cut"):
+        report(0, tuner.steps, f"{seen['cut']} of {seen['examples']} examples are too long and are cut")
     with PROCESS_STATE, torch.random.fork_rng():
         backbone = load_model(source, dtype=torch.float32)
         set_seed(tuner.seed)
         tuner.attach(backbone, skeleton_of(source))
         _trade_time_for_memory(backbone, tuner)
         trained = train(problem.wrap(backbone), problem, tuner, device, report, saves if tuner.save_every else None)
-    tuned = _store(source, backbone, tuner, lineage, task, trained, store)
+    tuned = _store(source, backbone, tuner, lineage, task, trained._replace(seen=seen), store)
     saves.clear()
     return tuned
 
@@ -115,10 +119,11 @@ def train(
 
 
 class Trained(NamedTuple):
-    """What a training tells of itself: losses by step, and the best measurement on the validation split."""
+    """What a training tells of itself: losses by step, the best on the validation split, numbers of the examples."""
 
     history: list[Point]
     best: Best | None
+    seen: Mapping[str, int] = {}
 
 
 def _rows(problem: Trainable, split: Split) -> Rows:
@@ -203,5 +208,5 @@ def _store(
     final: dict[str, float] = {"loss": losses[-1]} if losses else {}
     if trained.best is not None:
         final |= {"validation_loss": trained.best.loss, "best_step": trained.best.step}
-    draft.facts.update({**source.manifest.facts, "task": task, **final})
+    draft.facts.update({**source.manifest.facts, "task": task, **trained.seen, **final})
     return CheckpointRef(draft.commit())

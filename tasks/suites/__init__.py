@@ -8,7 +8,8 @@ from tasks.choice import BY_NAME
 from tasks.suites.base import Problem, Score, Suite
 from tasks.suites.causal_lm import CausalLm
 from tasks.suites.image_classification import ImageClassification
+from tasks.suites.text_classification import TextClassification
 
-AnySuite = Annotated[ImageClassification | CausalLm, BY_NAME]
+AnySuite = Annotated[ImageClassification | TextClassification | CausalLm, BY_NAME]
 
-__all__ = ["AnySuite", "CausalLm", "ImageClassification", "Problem", "Score", "Suite"]
+__all__ = ["AnySuite", "CausalLm", "ImageClassification", "Problem", "Score", "Suite", "TextClassification"]

@@ -41,6 +41,13 @@ class Trainable(Protocol):
 class Problem(Trainable, Protocol):
     """A suite opened for one base model, whose tokenizer or processor turns rows into batches."""
 
+    def check(self, rows: Rows) -> dict[str, int]:
+        """Look at every row that will be trained on. Raises InvalidInput for the first that cannot be.
+
+        Gives numbers that are worth keeping: `examples`, and `cut`, how many of them are too long and lose a part.
+        """
+        ...
+
     def score(
         self,
         backbone: PreTrainedModel,

@@ -10,28 +10,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
 from storage.refs import short
-from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.labels import require_columns
+from tasks.suites.texts import SHOWN, context, load_tokenizer, require_fitting
 
 IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
 # some chat templates write the day into the prompt; a task has no clock, so it is always the same day
 _NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-_SHOWN = 60  # characters of a text that an error quotes
 
 
 @dataclass(frozen=True)
 class CausalLm(Choice):
     """`prompt` and `answer`: text columns, joined by `separator`. Or `messages`: a column of chats.
 
-    A chat is a list of {"role", "content"} in the base's chat template; its last message is the answer. The prompt
-    is cut from its beginning to fit `max_tokens`, the answer never.
+    A chat is a list of {"role", "content"} in the base's chat template; its last message is the answer. `too_long`:
+    where prompt and answer have more than `max_tokens` tokens, or more than the base can read, the prompt is cut from
+    its beginning (the answer never), or the example is refused before anything is trained.
     """
 
     data: AnyData
@@ -42,11 +43,16 @@ class CausalLm(Choice):
     separator: str = "\n"
     messages: str | None = None
     max_tokens: int = 512
+    too_long: Literal["cut", "refuse"] = "cut"
     batch: int = 8
 
     def __post_init__(self) -> None:
         require(self.max_tokens > 1, "max_tokens", "at least 2", self.max_tokens)
         require(self.batch > 0, "batch", "positive", self.batch)
+
+    def spec(self) -> dict[str, Any]:
+        """Without the way that long examples always went, so that what was made before there was a choice is found."""
+        return {name: value for name, value in super().spec().items() if (name, value) != ("too_long", "cut")}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -83,26 +89,39 @@ def predictions(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 class CausalLmProblem:
     def __init__(self, suite: CausalLm, base: Artifact) -> None:
         self._suite = suite
-        self._tokenizer: Any = _load_tokenizer(base)
+        self._tokenizer: Any = load_tokenizer(base)
+        if self._tokenizer.eos_token_id is None:
+            raise InvalidInput(
+                f"the tokenizer of the base {short(base.ref)} has no end-of-text token, so answers could not end",
+                remedy="Set eos_token in its tokenizer_config.json and ingest it again",
+            )
+        self._most = context(base, self._tokenizer, suite.max_tokens)
         lead = self._tokenizer("")["input_ids"][:1]
         self._lead: list[int] = lead if lead == [self._tokenizer.bos_token_id] else []
 
     def rows(self, split: Split) -> Rows:
         rows = self._suite.data.rows(split)
-        if len(rows):
-            missing = [column for column in self._suite.columns if column not in rows[0]]
-            if missing:
-                raise Mismatch(
-                    f"columns of the {split} split",
-                    expected=", ".join(self._suite.columns),
-                    found=", ".join(sorted(rows[0])),
-                    remedy="Set prompt and answer, or messages, to the columns that hold them",
-                )
+        remedy = "Set prompt and answer, or messages, to the columns that hold them"
+        require_columns(rows, self._suite.columns, split, remedy)
         return rows
+
+    def check(self, rows: Rows) -> dict[str, int]:
+        cut = 0
+        for number in range(len(rows)):
+            prompt, answer = self._encode(rows[number])
+            length = len(prompt) + len(answer)
+            if length > self._most and self._suite.too_long == "refuse":
+                raise InvalidInput(
+                    f"example {number} of the train split: expected at most {self._most} tokens of prompt and answer, "
+                    f"found {length}",
+                    remedy="Raise max_tokens if the base's context allows it, or set too_long to cut",
+                )
+            cut += length > self._most
+        return {"examples": len(rows), "cut": cut}
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Tokens, padded at the end; labels are the answers' tokens, everything else is ignored."""
-        encoded = [self._encode(row) for row in rows]
+        encoded = [self._fitted(*self._encode(row)) for row in rows]
         length = max(len(prompt) + len(answer) for prompt, answer in encoded)
         input_ids = torch.full((len(rows), length), self._pad)
         attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
@@ -121,9 +140,7 @@ class CausalLmProblem:
                 f"{type(backbone).__name__} predicts no tokens: it has no language-model head",
                 remedy="Ingest the base with `architecture` set to its causal class, for instance LlamaForCausalLM",
             )
-        words, known = len(self._tokenizer), model.get_input_embeddings().num_embeddings
-        if words > known:
-            raise Mismatch("tokens of the base's tokenizer", expected=f"at most {known}, its embeddings", found=words)
+        require_fitting(self._tokenizer, backbone)
         return AnswerLoss(backbone)
 
     @torch.inference_mode()
@@ -157,7 +174,7 @@ class CausalLmProblem:
         return int(self._tokenizer.eos_token_id if found is None else found)
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt and of the answer, which ends with the end-of-text token."""
+        """Tokens of the whole prompt and of the answer, which ends with the end-of-text token."""
         before, after = self._texts(row) if self._suite.messages is None else self._chat(row[self._suite.messages])
         end = self._tokenizer.eos_token_id
         prompt, answer = self._tokens(before), self._tokens(after)
@@ -165,13 +182,17 @@ class CausalLmProblem:
             answer = [*answer, end]
         lead = self._lead if prompt[:1] != self._lead else []  # chat templates may have written it themselves
         prompt = [*lead, *prompt]
-        room = self._suite.max_tokens - len(answer)
-        if not answer[:-1] or room < 0:
+        if not answer[:-1] or len(answer) > self._most:
             raise InvalidInput(
-                f"the answer of the example that begins {before[:_SHOWN]!r}: expected 1 to "
-                f"{self._suite.max_tokens - 1} tokens and an end, found {len(answer) - 1}",
-                remedy="Raise max_tokens, or leave such examples out of the data",
+                f"the answer of the example that begins {before[:SHOWN]!r}: expected 1 to "
+                f"{self._most - 1} tokens and an end, found {len(answer) - 1}",
+                remedy="Raise max_tokens if the base's context allows it, or leave such examples out of the data",
             )
+        return prompt, answer
+
+    def _fitted(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """The prompt without so much of its beginning as does not fit."""
+        room = self._most - len(answer)
         if len(prompt) > room:
             kept = self._lead[:room]  # models that start with a special token expect it always
             prompt = [*kept, *prompt[len(prompt) - (room - len(kept)) :]]
@@ -184,14 +205,14 @@ class CausalLmProblem:
     def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
         for column in self._suite.columns:
             if not isinstance(row.get(column), str):
-                raise Mismatch(f"column {column!r} of the data", expected="text", found=repr(row.get(column))[:_SHOWN])
+                raise Mismatch(f"column {column!r} of the data", expected="text", found=repr(row.get(column))[:SHOWN])
         return row[self._suite.prompt] + self._suite.separator, row[self._suite.answer]
 
     def _chat(self, chat: Any) -> tuple[str, str]:
         last = chat[-1] if isinstance(chat, list) and len(chat) > 1 else None
         if not isinstance(last, dict) or last.get("role") != "assistant":
             expected = "two or more messages, the last with role assistant"
-            raise Mismatch(f"column {self._suite.messages!r}", expected=expected, found=repr(chat)[:_SHOWN])
+            raise Mismatch(f"column {self._suite.messages!r}", expected=expected, found=repr(chat)[:SHOWN])
         if not self._tokenizer.chat_template:
             raise InvalidInput(
                 "the base's tokenizer has no chat template, but `messages` are chats",
@@ -203,27 +224,10 @@ class CausalLmProblem:
         if not whole.startswith(before):
             raise InvalidInput(
                 "the base's chat template writes a prompt otherwise once it is answered, so that the answer's tokens "
-                f"cannot be told from it: {whole[:_SHOWN]!r} does not begin with {before[:_SHOWN]!r}",
+                f"cannot be told from it: {whole[:SHOWN]!r} does not begin with {before[:SHOWN]!r}",
                 remedy="Use prompt and answer columns",
             )
         return before, whole.removeprefix(before)
-
-
-def _load_tokenizer(base: Artifact) -> Any:
-    with assets_folder(base) as folder:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, ImportError) as error:
-            raise InvalidInput(
-                f"the base {short(base.ref)} has no tokenizer that can be read, but the data are texts",
-                remedy="Ingest it from a folder that has one: tokenizer.json and tokenizer_config.json",
-            ) from error
-    if tokenizer.eos_token_id is None:
-        raise InvalidInput(
-            f"the tokenizer of the base {short(base.ref)} has no end-of-text token, so answers could not end",
-            remedy="Set eos_token in its tokenizer_config.json and ingest it again",
-        )
-    return tokenizer
 
 
 def _exp(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,8 @@ from tasks.choice import BY_NAME, Choice, require
 from tasks.exclusive import PROCESS_STATE
 from tasks.ingest import Checkpoint, locate
 
-ClassNames = tuple[str, ...] | None  # of the labels in order, if the data knows them
+ClassNames = tuple[str, ...] | None  # of the labels in order, if they are known
+Embed = Callable[[list[str]], Tensor]  # texts -> the base's own features of them [number of texts, D]
 
 
 class CosineHead(nn.Module):
@@ -48,7 +50,10 @@ class Orthonormal(Choice):
         require(self.classes > 1, "classes", "at least 2", self.classes)
         require(self.index >= 0, "index", "0 or more", self.index)
 
-    def build(self, width: int, names: ClassNames = None) -> CosineHead:
+    def count(self, names: ClassNames = None) -> int:
+        return self.classes
+
+    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
         require(self.classes <= width, "classes", f"at most the width of the features, {width}", self.classes)
         generator = torch.Generator().manual_seed(self.seed)
         draws = [torch.randn(width, self.classes, generator=generator) for _ in range(self.index + 1)]
@@ -78,7 +83,10 @@ class ClipText(Choice):
         good = bool(self.templates) and all(one.count("{}") == 1 for one in self.templates)
         require(good, "templates", "one or more texts with one {} each", list(self.templates))
 
-    def build(self, width: int, names: ClassNames = None) -> CosineHead:
+    def count(self, names: ClassNames = None) -> int:
+        return len(self.names(names))
+
+    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
         from transformers import AutoTokenizer, CLIPModel
 
         folder = locate(Checkpoint(source=self.source, revision=self.revision))
@@ -96,7 +104,7 @@ class ClipText(Choice):
             raise Mismatch(f"vision tower for the head of {self.source!r}", expected=expected, found=width)
         vectors = []
         with torch.inference_mode():
-            for name in self._names(names):
+            for name in self.names(names):
                 tokens = tokenizer([one.format(name) for one in self.templates], padding=True, return_tensors="pt")
                 pooled = clip.text_model(**tokens).pooler_output
                 views_TD = functional.normalize(clip.text_projection(pooled), dim=-1)
@@ -104,7 +112,7 @@ class ClipText(Choice):
         weight_CD = torch.stack(vectors).clone()
         return CosineHead(weight_CD, clip.logit_scale.exp().item(), clip.visual_projection)
 
-    def _names(self, given: ClassNames) -> tuple[str, ...]:
+    def names(self, given: ClassNames) -> tuple[str, ...]:
         if self.classes != "from_data":
             return self.classes
         if given is None:
@@ -115,4 +123,41 @@ class ClipText(Choice):
         return given
 
 
-AnyHead = Annotated[Orthonormal | ClipText, BY_NAME]
+@dataclass(frozen=True)
+class LabelText(Choice):
+    """Zero-shot class vectors of a text encoder: the base's own features of the names of the classes.
+
+    Every task's head is made by the same base, so backbones that were tuned apart still fit all heads when they are
+    merged. `template` has one `{}` for the name of a class; `scale` multiplies the cosines.
+    """
+
+    name: Literal["label_text"] = "label_text"
+    version: Literal[1] = 1
+    template: str = "{}"
+    scale: float = 20.0
+
+    def __post_init__(self) -> None:
+        require(self.template.count("{}") == 1, "template", "a text with one {}", self.template)
+        require(self.scale > 0, "scale", "positive", self.scale)
+
+    def count(self, names: ClassNames = None) -> int:
+        return len(self._known(names))
+
+    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
+        if embed is None:
+            raise InvalidInput(
+                "a head of label texts needs a base that reads texts", remedy="Take head clip_text for images"
+            )
+        texts = [self.template.format(name) for name in self._known(names)]
+        return CosineHead(functional.normalize(embed(texts), dim=-1), self.scale)
+
+    def _known(self, names: ClassNames) -> tuple[str, ...]:
+        if names is None or len(names) < 2:
+            raise InvalidInput(
+                "a head of label texts needs the names of two classes or more, and the data give none",
+                remedy="List them in order in the suite's labels",
+            )
+        return names
+
+
+AnyHead = Annotated[Orthonormal | ClipText | LabelText, BY_NAME]

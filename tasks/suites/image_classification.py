@@ -19,7 +19,8 @@ from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, batches, first
-from tasks.suites.heads import AnyHead, CosineHead
+from tasks.suites.heads import AnyHead, ClipText, CosineHead
+from tasks.suites.labels import Labels, require_columns
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,29 @@ class ImageProblem:
         self._suite = suite
         self._base = base
         self._processor: Any = None
+        self._names = suite.data.class_names(suite.label)
+        known = suite.head.names(self._names) if isinstance(suite.head, ClipText) else self._names
+        self._labels = Labels(suite.head.count(self._names), known)
 
     def rows(self, split: Split) -> Rows:
-        return self._suite.data.rows(split)
+        rows = self._suite.data.rows(split)
+        image = "pixel_values" if len(rows) and "pixel_values" in rows[0] else self._suite.image
+        require_columns(rows, (image, self._suite.label), split, "Set image and label to the columns that hold them")
+        self._labels.check(rows, self._suite.label, split)
+        return rows
+
+    def check(self, rows: Rows) -> dict[str, int]:
+        return {"examples": len(rows)}
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
-        labels = torch.tensor([int(self._column(row, self._suite.label)) for row in rows])
+        labels = torch.tensor([self._labels.number(self._column(row, self._suite.label)) for row in rows])
         return {"pixel_values": torch.stack([self._pixels(row) for row in rows]), "labels": labels}
 
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
         width = getattr(backbone.config, "hidden_size", None)
         if width is None:
             raise InvalidInput(f"{type(backbone).__name__} has no hidden_size: it is no vision backbone")
-        head = self._suite.head.build(width, self._suite.data.class_names(self._suite.label))
+        head = self._suite.head.build(width, self._names)
         return Classifier(backbone, head, self._suite.feature)
 
     @torch.inference_mode()
@@ -94,13 +105,10 @@ class ImageProblem:
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
         rows = first(self.rows(split), limit)
-        classes = int(model.head.weight.shape[0])  # type: ignore[union-attr,index]
-        accuracy = MulticlassAccuracy(classes, average="micro").to(device)
+        accuracy = MulticlassAccuracy(self._labels.classes, average="micro").to(device)
         done = 0
         for batch in batches(rows, self._suite.batch, self.collate):
             labels = batch["labels"]
-            if int(labels.max()) >= classes or int(labels.min()) < 0:
-                raise Mismatch(f"labels of the {split} split", expected=f"0 to {classes - 1}", found=int(labels.max()))
             accuracy.update(model(batch["pixel_values"].to(device))["logits"], labels.to(device))
             done += len(labels)
             report(done, len(rows))

@@ -11,14 +11,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput, Mismatch
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
 from tasks.checkpoints import HISTORY, load_model
-from tasks.data import Parquet
+from tasks.data import Jsonl, Parquet
 from tasks.extract import Extract, extract_update
 from tasks.fine_tune import fine_tune
 from tasks.ingest import Checkpoint, ingest
@@ -26,7 +34,7 @@ from tasks.suites import CausalLm
 from tasks.suites.base import Score
 from tasks.suites.causal_lm import IGNORED, CausalLmProblem
 from tasks.tensors import read_tensor
-from tasks.tuners import Lora
+from tasks.tuners import Full, Lora
 from tests.tasks.tiny_tokenizer import BOS, EOS, IDS, ids, quiet, save_tokenizer
 
 torch.set_num_threads(1)
@@ -133,8 +141,77 @@ def test_long_prompts_lose_their_beginning_but_not_the_first_token(
 
 
 def test_an_answer_without_tokens_is_refused(llama: CheckpointRef, sums: Parquet, store: ArtifactStore) -> None:
-    with pytest.raises(InvalidInput, match="expected 1 to 511 tokens and an end, found 0"):
+    with pytest.raises(InvalidInput, match="expected 1 to 63 tokens and an end, found 0"):
         opened(CausalLm(sums), store, llama).collate([{"prompt": "1", "answer": " "}])
+
+
+def test_long_examples_are_counted_or_refused_before_training(
+    llama: CheckpointRef, sums: Parquet, store: ArtifactStore
+) -> None:
+    rows = [{"prompt": " ".join("1" * count), "answer": "is 2"} for count in (2, 5, 9, 80)]
+    cut = opened(CausalLm(sums, max_tokens=9), store, llama).check(rows)
+    assert cut == {"examples": 4, "cut": 2}  # <s>, five words, the answer's two, and its end are nine
+    assert opened(CausalLm(sums), store, llama).check(rows)["cut"] == 1  # the base reads 64 tokens, not the 512 wanted
+    refusing = opened(CausalLm(sums, max_tokens=9, too_long="refuse"), store, llama)
+    assert refusing.check(rows[:2])["cut"] == 0
+    with pytest.raises(InvalidInput, match=r"example 2 of the train split: expected at most 9 tokens .* found 13"):
+        refusing.check(rows)
+
+
+def test_what_was_cut_is_told_and_kept(llama: CheckpointRef, sums: Parquet, store: ArtifactStore) -> None:
+    notes: list[str] = []
+    tuner = Lora(steps=2, batch=4, rank=2)
+    suite = CausalLm(sums, max_tokens=6)
+    tuned = fine_tune(llama, "sums", suite, tuner, store, report=lambda done, total, note: notes.append(note))
+    assert notes[0] == "100 of 100 examples are too long and are cut"
+    facts = store.open(tuned).manifest.facts
+    assert (facts["examples"], facts["cut"]) == (100, 100)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, sums: Parquet) -> None:
+    store = ArtifactStore(MemoryObjects())
+    config = llama_config(num_hidden_layers=1)
+    config.vocab_size = len(IDS) - 5
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    small = ingest(Checkpoint(source=str(tmp_path)), store)
+    expected = f"expected at most {len(IDS) - 5}, its embeddings, found {len(IDS)}"
+    refs = set(store.refs())
+    with pytest.raises(Mismatch, match=expected):
+        fine_tune(small, "sums", CausalLm(sums), Lora(steps=2), store)
+    assert set(store.refs()) == refs
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen"])
+def test_other_families_learn_chats_from_json_lines(tmp_path: Path, family: str) -> None:
+    small = {"vocab_size": len(IDS) + 8, "bos_token_id": BOS, "eos_token_id": EOS}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4, **small))
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = Qwen2ForCausalLM(Qwen2Config(max_position_embeddings=32, num_key_value_heads=2, **sizes, **small))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    chats = [
+        [{"role": "user", "content": f"{n} plus {m}"}, {"role": "assistant", "content": f"is {n + m}"}]
+        for n in range(10)
+        for m in range(10)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = Jsonl(train=(str(tmp_path / "train.jsonl"),), holdout=0.2)
+    suite = CausalLm(data, messages="messages")
+    store = ArtifactStore(MemoryObjects())
+    base = ingest(Checkpoint(source=str(tmp_path)), store)
+    full = Full(steps=40, batch=16, learning_rate=1e-2, weights="all", validate_every=10)
+    tuned = fine_tune(base, "sums", suite, full, store)
+    scores = []
+    for ref in (base, tuned):
+        checkpoint = store.open(ref)
+        scores.append(suite.open(store.open(base)).score(load_model(checkpoint), "cpu", quiet))
+    assert scores[1][1].value < scores[0][1].value / 3
+    assert scores[1][0].value > 0.6  # "is" and the end are certain
+    assert store.open(tuned).manifest.facts["validation_loss"] < 1.5
 
 
 def test_wrong_columns_are_named(llama: CheckpointRef, sums: Parquet, store: ArtifactStore) -> None:

@@ -1,0 +1,144 @@
+"""Text classification: a text encoder and a frozen head, scored by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import PreTrainedModel
+
+from storage.artifacts import Artifact
+from storage.errors import InvalidInput, Mismatch
+from tasks.checkpoints import load_model
+from tasks.choice import Choice, require
+from tasks.data import AnyData, Rows, Split
+from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.heads import AnyHead, ClassNames, CosineHead
+from tasks.suites.labels import Labels, require_columns
+from tasks.suites.texts import SHOWN, Pooling, TextReader, features, pooled, require_fitting
+
+
+@dataclass(frozen=True)
+class TextClassification(Choice):
+    """`text`: a column of texts, with `pair` one of pairs of texts. `label`: numbers from 0, or names of classes.
+
+    `labels`: the names of the classes in order; without them those that the data give. `pooling`: what the head sees
+    of a text, its first token's feature or the mean. `too_long`: texts of more than `max_tokens` tokens, or more than
+    the base can read, are cut at their end, or refused before anything is trained.
+    """
+
+    data: AnyData
+    head: AnyHead
+    name: Literal["text_classification"] = "text_classification"
+    version: Literal[1] = 1
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    pooling: Pooling = "mean"
+    max_tokens: int = 256
+    too_long: Literal["cut", "refuse"] = "cut"
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens > 2, "max_tokens", "at least 3", self.max_tokens)
+        require(self.batch > 0, "batch", "positive", self.batch)
+        require(len(set(self.labels)) == len(self.labels), "labels", "different names", list(self.labels))
+
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
+    def open(self, base: Artifact) -> TextProblem:
+        return TextProblem(self, base)
+
+
+class TextClassifier(nn.Module):
+    """Encoder plus frozen head. Tokens [B, T] -> logits [B, C]."""
+
+    def __init__(self, backbone: nn.Module, head: CosineHead, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone, self.head, self.pooling = backbone, head, pooling
+
+    def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        logits_BC = self.head(pooled(self.backbone, self.pooling, batch))
+        found = {"logits": logits_BC}
+        return found if labels is None else {"loss": functional.cross_entropy(logits_BC, labels), **found}
+
+
+class TextProblem:
+    def __init__(self, suite: TextClassification, base: Artifact) -> None:
+        self._suite = suite
+        self._base = base
+        self._reader = TextReader(base, suite.max_tokens, suite.too_long)
+        self._names: ClassNames = suite.labels or suite.data.class_names(suite.label)
+        self._labels = Labels(suite.head.count(self._names), self._names)
+        self._head: CosineHead | None = None
+
+    def rows(self, split: Split) -> Rows:
+        rows = self._suite.data.rows(split)
+        wanted = tuple(name for name in (self._suite.text, self._suite.pair, self._suite.label) if name)
+        require_columns(rows, wanted, split, "Set text, pair and label to the columns that hold them")
+        self._labels.check(rows, self._suite.label, split)
+        return rows
+
+    def check(self, rows: Rows) -> dict[str, int]:
+        texts = [self._texts(rows[number]) for number in range(len(rows))]
+        return {"examples": len(rows), "cut": self._reader.count_long(texts, "train")}
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        labels = torch.tensor([self._labels.number(row[self._suite.label]) for row in rows])
+        return {**self._reader.read([self._texts(row) for row in rows]), "labels": labels}
+
+    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+        require_fitting(self._reader.tokenizer, backbone)
+        if self._head is None:
+            self._head = self._build(backbone.config.hidden_size)
+        return TextClassifier(backbone, self._head, self._suite.pooling)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        backbone: PreTrainedModel,
+        device: str,
+        report: Callable[[int, int], None],
+        split: Split = "test",
+        limit: int | None = None,
+    ) -> list[Score]:
+        model = self.wrap(backbone).to(device).eval()
+        rows = first(self.rows(split), limit)
+        accuracy = MulticlassAccuracy(self._labels.classes, average="micro").to(device)
+        done = 0
+        for batch in batches(rows, self._suite.batch, self.collate):
+            there = {name: value.to(device) for name, value in batch.items()}
+            labels = there.pop("labels")
+            accuracy.update(model(**there)["logits"], labels)
+            done += len(labels)
+            report(done, len(rows))
+        return [Score("accuracy", float(accuracy.compute()), done)]
+
+    def _build(self, width: int) -> CosineHead:
+        """The head. One made of label names asks the base, not the model that is tuned or scored: it never moves."""
+        with torch.inference_mode(False), torch.random.fork_rng():
+            return self._suite.head.build(width, self._names, self._embed)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        base = load_model(self._base, dtype=torch.float32)
+        return features(base, self._reader, self._suite.pooling, texts)
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
+        found = []
+        for name in (self._suite.text, self._suite.pair):
+            if name is None:
+                continue
+            value = row.get(name)
+            if not isinstance(value, str):
+                raise Mismatch(f"column {name!r} of the data", expected="text", found=repr(value)[:SHOWN])
+            found.append(value)
+        if not any(text.strip() for text in found):
+            raise InvalidInput(f"column {self._suite.text!r} of the data has a text without words: {found[0]!r}")
+        return tuple(found)
