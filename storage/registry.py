@@ -7,6 +7,7 @@ key and looked up before it is created, so registering twice, or again after a c
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests.exceptions import RequestException
@@ -32,13 +33,24 @@ _KEY = "deltaworks.key"
 _PARENT = "mlflow.parentRunId"
 _PARAM_LIMIT = 6000
 _TAG_LIMIT = 5000
+_DIGEST_LIMIT = 36
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """The data that a stage used: the fingerprint of its examples, where they come from, numbers of them."""
+
+    name: str
+    fingerprint: str
+    source: Mapping[str, Any]
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of a step, which becomes one MLflow run: its settings, its numbers, the ref that it made.
 
-    `series` are metrics over steps, such as a loss curve: name -> (step, value).
+    `series` are metrics over steps, such as a loss curve: name -> (step, value). `data`: what it was trained on.
     """
 
     name: str
@@ -47,6 +59,7 @@ class Stage:
     metrics: Mapping[str, float] = field(default_factory=dict)
     series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    data: DataInput | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,8 @@ class Registry:
             metrics += [Metric(_metric_name(name), value, 0, step) for step, value in points]
         params = [Param(name, value) for name, value in _fit(_flatten(stage.params), _PARAM_LIMIT).items()]
         self._client.log_batch(run.run_id, metrics=metrics, params=params, tags=[RunTag("stage", stage.name)])
+        if stage.data is not None:
+            self._client.log_inputs(run.run_id, [_dataset(stage.data)])
         self._client.set_terminated(run.run_id, "FINISHED")
         return str(run.run_id)
 
@@ -200,6 +215,14 @@ def _mapped(tracking: str) -> Iterator[None]:
 def _public(address: str) -> str:
     """A text without the users and passwords of the addresses in it."""
     return re.sub(r"//[^/@\s]*@", "//", address)
+
+
+def _dataset(data: DataInput) -> DatasetInput:
+    """A data set as MLflow lists it. Its digests have at most 36 characters: the whole fingerprint is in a tag."""
+    source, profile = (json.dumps(one, sort_keys=True) for one in (data.source, data.counts))
+    kind = str(data.source.get("name", "data"))
+    dataset = Dataset(data.name, data.fingerprint[:_DIGEST_LIMIT], f"deltaworks {kind}", source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training"), InputTag("sha256", data.fingerprint)])
 
 
 def _metric_name(name: str) -> str:

@@ -154,7 +154,11 @@ def _trade_time_for_memory(backbone: PreTrainedModel, tuner: AnyTuner) -> None:
             f"{type(backbone).__name__} cannot checkpoint its gradients",
             remedy="Set gradient_checkpointing to false; a smaller batch takes less memory too",
         )
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings = {"use_reentrant": False}
+    if hasattr(backbone, "activation_checkpointing_enable"):  # how later releases of transformers 5 call it
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class _Examples(Dataset[dict[str, Any]]):
@@ -207,6 +211,6 @@ def _store(
     losses = [point["loss"] for point in trained.history if "loss" in point]
     final: dict[str, float] = {"loss": losses[-1]} if losses else {}
     if trained.best is not None:
-        final |= {"validation_loss": trained.best.loss, "best_step": trained.best.step}
+        final |= {"best_validation_loss": trained.best.loss, "best_step": trained.best.step}
     draft.facts.update({**source.manifest.facts, "task": task, **trained.seen, **final})
     return CheckpointRef(draft.commit())

@@ -10,7 +10,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.lines import Entry
 from storage.manifest import canonical, digest
 from storage.refs import CheckpointRef, ScoresRef, short
-from storage.registry import ModelVersion, Registry, Stage
+from storage.registry import DataInput, ModelVersion, Registry, Stage
 from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
 
@@ -90,11 +90,24 @@ def _stage(artifact: Artifact) -> Stage:
     lineage, facts = artifact.manifest.lineage, artifact.manifest.facts
     params: dict[str, Any] = {**{f"input.{role}": ref for role, ref in lineage.inputs.items()}, **lineage.spec}
     numbers = {name: float(value) for name, value in facts.items() if isinstance(value, (int, float))}
-    return Stage(lineage.step, artifact.ref, params, numbers, _series(artifact))
+    return Stage(lineage.step, artifact.ref, params, numbers, _series(artifact), data=_data(artifact))
+
+
+def _data(artifact: Artifact) -> DataInput | None:
+    """What a tuned checkpoint was trained on, from its lineage."""
+    spec, facts = artifact.manifest.lineage.spec, artifact.manifest.facts
+    if artifact.manifest.lineage.step != "fine_tune":
+        return None
+    counts = {name: int(facts[name]) for name in ("examples", "cut") if name in facts}
+    return DataInput(str(spec["task"]), spec["data"], spec["suite"]["data"], counts)
 
 
 def _series(artifact: Artifact) -> Mapping[str, list[tuple[int, float]]]:
     if HISTORY not in artifact.manifest.assets:
         return {}
     points = json.loads(artifact.asset(HISTORY))
-    return {"training_loss": [(int(point["step"]), float(point["loss"])) for point in points]}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, curve in (("loss", "training_loss"), ("validation_loss", "validation_loss")):
+        values = [(int(point["step"]), float(point[name])) for point in points if name in point]
+        found |= {curve: values} if values else {}
+    return found

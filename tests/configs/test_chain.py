@@ -28,7 +28,7 @@ def test_presets_are_complete_and_survive_a_round_trip(name: str) -> None:
 
 
 def test_all_presets_are_there() -> None:
-    assert presets() == ["clip-vit-b32-8tasks", "demo", "llama-lora", "smoke"]
+    assert presets() == ["chat-jsonl", "clip-parquet", "clip-vit-b32-8tasks", "demo", "llama-lora", "smoke"]
     assert len(load_chain("clip-vit-b32-8tasks").tasks) == 8
 
 

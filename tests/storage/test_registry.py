@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from storage.errors import Unavailable
-from storage.registry import Registry, Stage
+from storage.registry import DataInput, Registry, Stage
 
 STEP = Stage("a-line", "checkpoint/1", {"merger": {"name": "opcm", "alpha": 0.5}}, {"average": 0.5}, tags={"step": "1"})
 STAGES = [
@@ -69,6 +70,21 @@ def test_series_become_metric_histories(registry: Registry) -> None:
     )
     points = client(registry).get_metric_history(run.info.run_id, "curve")
     assert [(point.step, point.value) for point in points] == [(1, 0.1), (2, 0.2)]
+
+
+def test_data_become_inputs_of_the_run(registry: Registry) -> None:
+    data = DataInput("billing", "a1" * 32, {"name": "jsonl", "train": ["s3://bucket/x.jsonl"]}, {"examples": 7})
+    stages = [Stage("fine_tune", "checkpoint/2", data=data)]
+    for _ in range(2):
+        registry.register("chain", "k1", STEP, stages, "s3://bucket/1", "")
+    runs = client(registry).search_runs([client(registry).get_experiment_by_name("chain").experiment_id])
+    (found,) = next(run.inputs.dataset_inputs for run in runs if run.data.tags["stage"] == "fine_tune")
+    assert (found.dataset.name, found.dataset.digest) == ("billing", "a1" * 18)
+    assert found.dataset.source_type == "deltaworks jsonl"
+    assert json.loads(found.dataset.source)["train"] == ["s3://bucket/x.jsonl"]
+    assert json.loads(found.dataset.profile) == {"examples": 7}
+    tags = {tag.key: tag.value for tag in found.tags}
+    assert tags == {"mlflow.data.context": "training", "sha256": "a1" * 32}
 
 
 def test_four_processes_start_on_a_new_file(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_other_families_learn_chats_from_json_lines(tmp_path: Path, family: str)
         scores.append(suite.open(store.open(base)).score(load_model(checkpoint), "cpu", quiet))
     assert scores[1][1].value < scores[0][1].value / 3
     assert scores[1][0].value > 0.6  # "is" and the end are certain
-    assert store.open(tuned).manifest.facts["validation_loss"] < 1.5
+    assert store.open(tuned).manifest.facts["best_validation_loss"] < 1.5
 
 
 def test_wrong_columns_are_named(llama: CheckpointRef, sums: Parquet, store: ArtifactStore) -> None:
