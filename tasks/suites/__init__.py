@@ -9,7 +9,17 @@ from tasks.suites.base import Problem, Score, Suite
 from tasks.suites.causal_lm import CausalLm
 from tasks.suites.image_classification import ImageClassification
 from tasks.suites.text_classification import TextClassification
+from tasks.suites.text_embedding import TextEmbedding
 
-AnySuite = Annotated[ImageClassification | TextClassification | CausalLm, BY_NAME]
+AnySuite = Annotated[ImageClassification | TextClassification | TextEmbedding | CausalLm, BY_NAME]
 
-__all__ = ["AnySuite", "CausalLm", "ImageClassification", "Problem", "Score", "Suite", "TextClassification"]
+__all__ = [
+    "AnySuite",
+    "CausalLm",
+    "ImageClassification",
+    "Problem",
+    "Score",
+    "Suite",
+    "TextClassification",
+    "TextEmbedding",
+]

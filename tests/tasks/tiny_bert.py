@@ -12,7 +12,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
-def save_bert(folder: Path, texts: Iterable[str], *, positions: int = 40, pad: bool = True, words: int = 0) -> Path:
+def save_bert(
+    folder: Path, texts: Iterable[str], *, positions: int = 40, pad: bool = True, words: int = 0, std: float = 0.2
+) -> Path:
     """`words`: of the model's embeddings, if not as many as the tokenizer has."""
     known = sorted({word for text in texts for word in text.lower().split()})
     ids = {word: number for number, word in enumerate([*_SPECIAL, *known])}
@@ -33,6 +35,6 @@ def save_bert(folder: Path, texts: Iterable[str], *, positions: int = 40, pad: b
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=words or len(ids), max_position_embeddings=positions, initializer_range=0.2, **sizes)
+    config = BertConfig(vocab_size=words or len(ids), max_position_embeddings=positions, initializer_range=std, **sizes)
     BertModel(config).save_pretrained(folder)
     return folder
