@@ -32,6 +32,8 @@ class Log:
         self._quarters[label] = 0
 
     def advanced(self, label: str, done: int, total: int, note: str) -> None:
+        if done == 0 and note:  # what is said before the first step is not said again
+            _log(f"{label}: {note}")
         quarter = 4 * done // total if total else 0
         if quarter > self._quarters.get(label, 0):
             self._quarters[label] = quarter

@@ -53,7 +53,9 @@ def fine_tune(
     spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
     lineage = Lineage("fine_tune", {"base": base}, spec)
     saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
-    seen = problem.check(problem.rows("train"))
+    seen = problem.check(problem.rows("train"), "train")
+    if tuner.validate_every:
+        problem.check(problem.rows("validation"), "validation")
     if seen.get("cut"):
         report(0, tuner.steps, f"{seen['cut']} of {seen['examples']} examples are too long and are cut")
     with PROCESS_STATE, torch.random.fork_rng():

@@ -109,8 +109,9 @@ def _copied(path: str, size: int, mtime_ns: int) -> Path:
     place = _folder() / f"{name}-{path.rpartition('/')[2]}"
     if shutil.disk_usage(place.parent).free < size:
         raise StoreFull(f"no room for {_S3}{path} ({size:,} bytes) in {place.parent}", remedy="Set TMPDIR to a disk")
-    part = place.with_suffix(".part")
-    with _connect().open_input_stream(path) as source, open(part, "wb") as target:
+    descriptor, name = tempfile.mkstemp(dir=place.parent)  # two threads may copy the same object at the same time
+    part = Path(name)
+    with _connect().open_input_stream(path) as source, open(descriptor, "wb") as target:
         while piece := source.read(_PIECE):
             target.write(piece)
     if part.stat().st_size != size:

@@ -41,8 +41,8 @@ class Trainable(Protocol):
 class Problem(Trainable, Protocol):
     """A suite opened for one base model, whose tokenizer or processor turns rows into batches."""
 
-    def check(self, rows: Rows) -> dict[str, int]:
-        """Look at every row that will be trained on. Raises InvalidInput for the first that cannot be.
+    def check(self, rows: Rows, split: Split) -> dict[str, int]:
+        """Look at every row that a training will read. Raises InvalidInput for the first that cannot be.
 
         Gives numbers that are worth keeping: `examples`, and `cut`, how many of them are too long and lose a part.
         """

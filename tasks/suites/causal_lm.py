@@ -105,15 +105,15 @@ class CausalLmProblem:
         require_columns(rows, self._suite.columns, split, remedy)
         return rows
 
-    def check(self, rows: Rows) -> dict[str, int]:
+    def check(self, rows: Rows, split: Split) -> dict[str, int]:
         cut = 0
         for number in range(len(rows)):
             prompt, answer = self._encode(rows[number])
             length = len(prompt) + len(answer)
             if length > self._most and self._suite.too_long == "refuse":
                 raise InvalidInput(
-                    f"example {number} of the train split: expected at most {self._most} tokens of prompt and answer, "
-                    f"found {length}",
+                    f"example {number} of the {split} split: expected at most {self._most} tokens of prompt and "
+                    f"answer, found {length}",
                     remedy="Raise max_tokens if the base's context allows it, or set too_long to cut",
                 )
             cut += length > self._most

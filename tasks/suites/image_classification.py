@@ -80,7 +80,7 @@ class ImageProblem:
         self._labels.check(rows, self._suite.label, split)
         return rows
 
-    def check(self, rows: Rows) -> dict[str, int]:
+    def check(self, rows: Rows, split: Split) -> dict[str, int]:
         return {"examples": len(rows)}
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:

@@ -86,9 +86,9 @@ class TextProblem:
         self._labels.check(rows, self._suite.label, split)
         return rows
 
-    def check(self, rows: Rows) -> dict[str, int]:
+    def check(self, rows: Rows, split: Split) -> dict[str, int]:
         texts = [self._texts(rows[number]) for number in range(len(rows))]
-        return {"examples": len(rows), "cut": self._reader.count_long(texts, "train")}
+        return {"examples": len(rows), "cut": self._reader.count_long(texts, split)}
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = torch.tensor([self._labels.number(row[self._suite.label]) for row in rows])

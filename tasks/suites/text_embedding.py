@@ -86,11 +86,11 @@ class EmbeddingProblem:
         require_columns(rows, wanted, split, "Set query and positive to the columns that hold them")
         return rows
 
-    def check(self, rows: Rows) -> dict[str, int]:
+    def check(self, rows: Rows, split: Split) -> dict[str, int]:
         long = 0
         for name in (self._suite.query, self._suite.positive):
             texts = [(self._text(rows[number], name),) for number in range(len(rows))]
-            long += self._reader.count_long(texts, "train")
+            long += self._reader.count_long(texts, split)
         return {"examples": len(rows), "cut": long}
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:

@@ -149,13 +149,15 @@ def test_long_examples_are_counted_or_refused_before_training(
     llama: CheckpointRef, sums: Parquet, store: ArtifactStore
 ) -> None:
     rows = [{"prompt": " ".join("1" * count), "answer": "is 2"} for count in (2, 5, 9, 80)]
-    cut = opened(CausalLm(sums, max_tokens=9), store, llama).check(rows)
+    cut = opened(CausalLm(sums, max_tokens=9), store, llama).check(rows, "train")
     assert cut == {"examples": 4, "cut": 2}  # <s>, five words, the answer's two, and its end are nine
-    assert opened(CausalLm(sums), store, llama).check(rows)["cut"] == 1  # the base reads 64 tokens, not the 512 wanted
+    assert (
+        opened(CausalLm(sums), store, llama).check(rows, "train")["cut"] == 1
+    )  # the base reads 64 tokens, not the 512 wanted
     refusing = opened(CausalLm(sums, max_tokens=9, too_long="refuse"), store, llama)
-    assert refusing.check(rows[:2])["cut"] == 0
+    assert refusing.check(rows[:2], "train")["cut"] == 0
     with pytest.raises(InvalidInput, match=r"example 2 of the train split: expected at most 9 tokens .* found 13"):
-        refusing.check(rows)
+        refusing.check(rows, "train")
 
 
 def test_what_was_cut_is_told_and_kept(llama: CheckpointRef, sums: Parquet, store: ArtifactStore) -> None:

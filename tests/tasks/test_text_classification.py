@@ -187,6 +187,6 @@ def test_long_texts_are_cut_to_what_the_base_reads(suite: TextClassification, tm
     store = ArtifactStore(MemoryObjects())
     short = ingest(Checkpoint(source=str(save_bert(tmp_path / "a", TEXTS, positions=6))), store)
     problem = suite.open(store.open(short))
-    assert problem.check(ROWS)["cut"] == sum(len(str(row["text"]).split()) > 4 for row in ROWS) > 0
+    assert problem.check(ROWS, "train")["cut"] == sum(len(str(row["text"]).split()) > 4 for row in ROWS) > 0
     assert problem.collate(ROWS)["input_ids"].shape[1] == 6
     problem.score(load_model(store.open(short)), "cpu", quiet)

@@ -115,4 +115,4 @@ def test_wrong_columns_and_empty_texts_are_refused(
     with pytest.raises(Mismatch, match="expected question, positive, found positive, query"):
         TextEmbedding(suite.data, query="question").open(store.open(bert)).rows("train")
     with pytest.raises(Mismatch, match="column 'positive' of the data: expected a text with words, found ' '"):
-        suite.open(store.open(bert)).check([{"query": "x", "positive": " "}])
+        suite.open(store.open(bert)).check([{"query": "x", "positive": " "}], "train")
