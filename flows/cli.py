@@ -17,6 +17,7 @@ from flows.export_command import export
 from flows.line_commands import line_app
 from flows.merge_command import merge
 from flows.similarity_command import similarity
+from flows.store_command import store_app
 from flows.terminal import (
     Memory,
     Quiet,
@@ -74,6 +75,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 """,
 )
 app.add_typer(line_app, name="line")
+app.add_typer(store_app, name="store")
 app.command()(merge)
 app.command()(codecs)
 app.command()(compress)

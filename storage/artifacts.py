@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,11 +28,13 @@ from storage.manifest import (
     TensorRecord,
     canonical,
     decode_manifest,
-    digest,
     encode_manifest,
 )
+from storage.manifest import digest as sha256
 from storage.objects import ObjectStore
 from storage.refs import KINDS, Kind, Ref, parse_ref, short
+from storage.streams import Bytes, checked, digest_of, pieces_of, save
+from storage.uploads import Uploads
 
 _RESTORE = (
     "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
@@ -77,6 +81,14 @@ class Artifact:
             raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
         return bytes(self.store.read_blob(blob, what=f"asset {name!r} of {short(self.ref)}"))
 
+    def save_asset(self, name: str, path: Path) -> None:
+        """Write an asset into a file, whole or not at all; in pieces, so that its size does not matter."""
+        try:
+            blob = self.manifest.assets[name].blob
+        except KeyError:
+            raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
+        save(self.store.stream_blob(blob, what=f"asset {name!r} of {short(self.ref)}"), path)
+
 
 class Draft:
     """A writer. Its blobs are invisible until `commit` writes the manifest that names them."""
@@ -87,6 +99,7 @@ class Draft:
         self._lineage = lineage
         self._records: dict[str, TensorRecord] = {}
         self._assets: dict[str, Asset] = {}
+        self._uploads = Uploads()
         self.facts: dict[str, Any] = {}
 
     def add(
@@ -103,19 +116,13 @@ class Draft:
         digest: str | None = None,
         error: float | None = None,
     ) -> TensorRecord:
-        """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord."""
-        record = self._store.write_tensor(
-            name,
-            parts,
-            role=role,
-            dtype=dtype,
-            shape=shape,
-            codec=codec,
-            rank=rank,
-            onto=onto,
-            digest=digest,
-            error=error,
-        )
+        """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord.
+
+        Returns while the bytes may still be on their way: what goes wrong is raised by a later `add` or by `commit`.
+        """
+        data = encode_parts(parts)
+        blob = self._upload(data)
+        record = TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto, digest, error)
         self.share(record)
         return record
 
@@ -130,19 +137,30 @@ class Draft:
         return list(self._records.values())
 
     def add_asset(self, name: str, data: bytes) -> None:
-        self._assets[name] = Asset(self._store.write_blob(data), len(data))
+        self._assets[name] = Asset(self._upload(data), len(data))
+
+    def add_file(self, name: str, path: Path) -> None:
+        """Like `add_asset`, of a file's content; in pieces, so that its size does not matter."""
+        self._assets[name] = self._store.write_file(path)
 
     def share_assets(self, assets: Mapping[str, Asset]) -> None:
         self._assets.update(assets)
 
     def commit(self) -> Ref:
-        """Write the manifest and return the artifact's ref."""
+        """Write the manifest, after all else is stored, and return the artifact's ref."""
+        self._uploads.finish()
         records = tuple(self._records[name] for name in sorted(self._records))
         manifest = Manifest(self._kind, self._lineage, records, self.facts, self._assets)
         data = encode_manifest(manifest)
-        ref = Ref(f"{self._kind}/{digest(data)}")
+        ref = Ref(f"{self._kind}/{sha256(data)}")
         self._store.objects.put(ref, data)
         return ref
+
+    def _upload(self, data: bytes) -> str:
+        """Name `data`, and store it while the caller prepares the next."""
+        name = sha256(data)
+        self._uploads.add(partial(self._store.keep_blob, name, data), len(data))
+        return name
 
 
 class ArtifactStore:
@@ -210,10 +228,21 @@ class ArtifactStore:
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""
-        name = digest(data)
+        name = sha256(data)
+        self.keep_blob(name, data)
+        return name
+
+    def keep_blob(self, name: str, data: bytes) -> None:
+        """Store `data`, whose sha256 is `name`, unless it is there already."""
         if self.objects.size(f"blob/{name}") != len(data):
             self.objects.put(f"blob/{name}", data)
-        return name
+
+    def write_file(self, path: Path) -> Asset:
+        """Store a file's content as a blob. The file is read twice: its name must be known before it is sent."""
+        name, size = digest_of(pieces_of(path))
+        if self.objects.size(f"blob/{name}") != size:
+            self.objects.write(f"blob/{name}", size, checked(pieces_of(path), name, what=str(path)))
+        return Asset(name, size)
 
     def read_blob(self, name: str, *, what: str) -> memoryview:
         """The bytes of a blob, checked, in memory of their own."""
@@ -223,6 +252,17 @@ class ArtifactStore:
             raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
         _check(data, name, f"blob/{name} ({what})")
         return data
+
+    def stream_blob(self, name: str, *, what: str) -> Iterator[Bytes]:
+        """The bytes of a blob piece by piece; after the last one, Damaged unless they are what the name says."""
+        try:
+            yield from checked(self.objects.read(f"blob/{name}"), name, what=f"blob/{name} ({what})", remedy=_RESTORE)
+        except Missing as error:
+            raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
+
+    def check_blob(self, name: str, *, what: str) -> int:
+        """Read a blob and hold it against its name; its size."""
+        return sum(len(piece) for piece in self.stream_blob(name, what=what))
 
     def read_parts(self, name: str, *, what: str) -> Parts:
         return decode_parts(self.read_blob(name, what=what), what=f"blob/{name} ({what})")
@@ -249,7 +289,7 @@ def _decode_memo(data: bytes) -> Ref | None:
 
 
 def _check(data: bytes | memoryview, expected: str, what: str) -> None:
-    found = digest(data)
+    found = sha256(data)
     if found != expected:
         raise Damaged(
             f"{what} is damaged: its {len(data):,} bytes have sha256 {found[:12]}…, its name says {expected[:12]}…",

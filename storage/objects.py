@@ -12,13 +12,14 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
 from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
+from storage.streams import PIECE, Bytes, exactly
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
 
@@ -31,6 +32,10 @@ class ObjectStore(Protocol):
         """The address that `open_objects` turns into this store again."""
         ...
 
+    def ready(self) -> None:
+        """Raises if the store cannot be reached, or cannot keep the promise of `create`."""
+        ...
+
     def get(self, key: str) -> bytes:
         """All bytes of `key`. Missing if there is none."""
         ...
@@ -39,8 +44,16 @@ class ObjectStore(Protocol):
         """Like `get`, as writable memory that is the caller's alone; without a copy where the backend can."""
         ...
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Like `get`, piece by piece: a few MiB at a time, however large it is."""
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Write `data`, replacing what was there. Returns when it is durable."""
+        ...
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        """Like `put`, of `size` bytes that come piece by piece. Nothing is visible if fewer come, or they raise."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
@@ -88,12 +101,22 @@ class MemoryObjects:
         except KeyError:
             raise Missing(f"{key} is not in the memory store") from None
 
+    def ready(self) -> None:
+        """A dictionary is."""
+
     def view(self, key: str) -> memoryview:
         return memoryview(bytearray(self.get(key)))
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        data = memoryview(self.get(key))
+        return (data[start : start + PIECE] for start in range(0, len(data), PIECE))
 
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        self.put(key, b"".join(exactly(pieces, size)))
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
@@ -119,14 +142,24 @@ class Overlay:
         self._below, self._above = below, above
         self.url = above.url
 
+    def ready(self) -> None:
+        self._below.ready()
+        self._above.ready()
+
     def get(self, key: str) -> bytes:
         return self._holder(key).get(key)
 
     def view(self, key: str) -> memoryview:
         return self._holder(key).view(key)
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        return self._holder(key).read(key)
+
     def put(self, key: str, data: bytes) -> None:
         self._above.put(key, data)
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        self._above.write(key, size, pieces)
 
     def create(self, key: str, data: bytes) -> bool:
         return self.size(key) is None and self._above.create(key, data)
@@ -151,6 +184,9 @@ class DirectoryObjects:
     def url(self) -> str:
         return self.root.as_uri()
 
+    def ready(self) -> None:
+        """A folder is made when something is written; the file system picks the winner of a `create`."""
+
     def get(self, key: str) -> bytes:
         try:
             return self._path(key).read_bytes()
@@ -170,8 +206,21 @@ class DirectoryObjects:
         except OSError as error:
             raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                while count := file.readinto(room := memoryview(bytearray(PIECE))):
+                    yield room[:count]
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise Missing(f"{key} is not in {self.root}") from None
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
+
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, data, os.replace)
+        self._write(key, len(data), [data], os.replace)
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        self._write(key, size, pieces, os.replace)
 
     def create(self, key: str, data: bytes) -> bool:
         def link(written: Path, place: Path) -> None:
@@ -179,7 +228,7 @@ class DirectoryObjects:
             written.unlink()
 
         try:
-            self._write(key, data, link)
+            self._write(key, len(data), [data], link)
         except _Taken:
             return False
         return True
@@ -203,13 +252,14 @@ class DirectoryObjects:
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _write(self, key: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
+    def _write(self, key: str, size: int, pieces: Iterable[Bytes], move: Callable[[Path, Path], None]) -> None:
         place = self._path(key)
         written = place.with_name(f".{uuid4().hex}.part")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(written, "xb") as file:
-                file.write(data)
+                for piece in exactly(pieces, size):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             try:
@@ -220,7 +270,7 @@ class DirectoryObjects:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoreFull(
-                    f"no room for {key} ({len(data):,} bytes) in {self.root}: {error.strerror}",
+                    f"no room for {key} ({size:,} bytes) in {self.root}: {error.strerror}",
                     remedy="Free some space and run the same command again; nothing half-written was left",
                 ) from error
             raise Unavailable(f"cannot write {place}: {error}") from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from storage.artifacts import ArtifactStore
+from storage.cache import uncached
 from storage.errors import Damaged, InvalidInput, Missing
 from storage.lines import Line
 from storage.refs import Ref, parse_ref, short
+
+_READERS = 4  # blobs read at once, in pieces
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ def verify(
 
     What facts name is needed as blobs are: a joint merger's state is the list of its updates.
     """
+    store = ArtifactStore(uncached(store.objects))  # what is there, not what was
     needs = _Needs(store)
     artifacts = 0
     for ref in refs:
@@ -45,12 +50,18 @@ def verify(
             needs.note(one, by=short(ref))
     findings = [Finding(ref, problem, tuple(sorted(by))) for ref, (problem, by) in needs.problems.items()]
     size = 0
-    for done, (blob, needed_by) in enumerate(sorted(needs.blobs.items())):
+    blobs = sorted(needs.blobs.items())
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting = [pool.submit(store.check_blob, blob, what=f"of {min(needed_by)}") for blob, needed_by in blobs]
         try:
-            size += len(store.read_blob(blob, what=f"of {min(needed_by)}"))
-        except (Damaged, Missing) as error:
-            findings.append(Finding(f"blob/{blob}", str(error), tuple(sorted(needed_by))))
-        report(done + 1, len(needs.blobs))
+            for done, ((blob, needed_by), checking) in enumerate(zip(blobs, waiting, strict=True)):
+                try:
+                    size += checking.result()
+                except (Damaged, Missing) as error:
+                    findings.append(Finding(f"blob/{blob}", str(error), tuple(sorted(needed_by))))
+                report(done + 1, len(blobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return Verdict(artifacts, len(needs.blobs), size, tuple(findings))
 
 
