@@ -102,10 +102,13 @@ class CachedObjects:
         return data
 
     def _keep(self, key: str, data: Bytes) -> None:
-        match = _WRITTEN_ONCE.fullmatch(key)
-        if not match or not data or len(data) > self.limit // 4:
+        if not (match := _WRITTEN_ONCE.fullmatch(key)):
             return
         path = self._path(match[2])
+        if not data or len(data) > self.limit // 4:  # not to be mapped, or at the cost of too many others
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            return
         written = path.with_name(f".{uuid4().hex}.part")
         with suppress(OSError):  # a full disk, for instance
             try:

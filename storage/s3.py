@@ -143,12 +143,17 @@ class S3Objects:
         """Remove whatever begins with `place`, as far as these credentials may; how many objects are left."""
         client, left = self.connected(), 0
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=place):
-            found = [{"Key": item["Key"]} for item in page.get("Contents", [])]
-            try:
-                if found:
-                    left += len(client.delete_objects(Bucket=self.bucket, Delete={"Objects": found}).get("Errors", ()))  # type: ignore[typeddict-item]
-            except FOREIGN:
-                left += len(found)
+            keys = [item["Key"] for item in page.get("Contents", [])]
+            if not keys:
+                continue
+            with suppress(*FOREIGN):  # some servers have no removal of many, or ask for other rights
+                said = client.delete_objects(Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in keys]})
+                keys = [one["Key"] for one in said.get("Errors", [])]
+            for key in keys:
+                try:
+                    client.delete_object(Bucket=self.bucket, Key=key)
+                except FOREIGN:
+                    left += 1
         return left
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
@@ -26,6 +26,7 @@ from storage.lines import Entry, Line
 from storage.manifest import Lineage
 from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
+from storage.streams import copy
 
 R = TypeVar("R")
 WRITERS = 16
@@ -48,7 +49,7 @@ BAD_KEYS = [
 ]
 
 
-@pytest.fixture(params=["memory", "directory", "s3"])
+@pytest.fixture(params=["memory", "directory", "s3", "s3 and a cache"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """An empty store of each backend, opened by its address as a user would."""
     address: dict[str, Callable[[], str]] = {
@@ -56,6 +57,8 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
         "directory": lambda: (tmp_path / "a store with spaces").as_uri(),
         "s3": lambda: request.getfixturevalue("s3_url"),
     }
+    if request.param == "s3 and a cache":
+        return open_objects(request.getfixturevalue("s3_url"), tmp_path / "cache", 2**30)
     return open_objects(address[request.param]())
 
 
@@ -87,11 +90,55 @@ class TestObjectStore:
         assert sha256(objects.get("large")).digest() == sha256(data).digest()
         assert objects.size("large") == 20 * 2**20
 
+    @pytest.mark.parametrize("size", [0, 1, 5_000_000, 18 * 2**20])
+    def test_what_is_written_in_pieces_is_read_in_pieces(self, objects: ObjectStore, size: int) -> None:
+        data = torch.arange(size // 4 + 1, dtype=torch.int32).numpy().tobytes()[:size]
+        pieces = [memoryview(data)[start : start + 3_000_001] for start in range(0, size, 3_000_001)]
+        objects.write("key", size, iter(pieces))
+        assert objects.size("key") == size
+        found = list(objects.read("key"))
+        assert max((len(piece) for piece in found), default=0) <= 8 * 2**20
+        assert sha256(b"".join(found)).digest() == sha256(data).digest() == sha256(objects.view("key")).digest()
+
+    def test_pieces_that_do_not_come_are_never_seen(self, objects: ObjectStore) -> None:
+        """Too few, too many, or an error among them: the old content stays, and nothing new is there."""
+        objects.put("old", b"before")
+
+        def failing() -> Iterator[bytes]:
+            yield b"first"
+            raise Damaged("the source is damaged")
+
+        for key in ("old", "new"):
+            for wrong in (4, 6):
+                with pytest.raises(InvalidInput, match="were announced"):
+                    objects.write(key, wrong, [b"12", b"345"])
+            with pytest.raises(Damaged, match="the source"):
+                objects.write(key, 10, failing())
+        assert [*objects.list("")] == ["old"]
+        assert objects.get("old") == b"before"
+
+    def test_objects_are_copied_between_stores_and_checked(self, objects: ObjectStore) -> None:
+        other, data = MemoryObjects(), bytes(range(256)) * 70_000
+        key = f"blob/{sha256(data).hexdigest()}"
+        for source, target in ((other, objects), (objects, MemoryObjects())):
+            source.put(key, data)
+            assert copy(source, target, key) == len(data)
+            assert target.get(key) == data
+        wrong = f"blob/{'0' * 64}"
+        objects.put(wrong, data)
+        with pytest.raises(Damaged, match=wrong):
+            copy(objects, other, wrong)
+        assert other.size(wrong) is None
+        with pytest.raises(Missing, match="nothing"):
+            copy(objects, other, "blob/nothing")
+
     def test_nothing_is_missing_and_has_no_size(self, objects: ObjectStore) -> None:
         with pytest.raises(Missing, match="nothing/here"):
             objects.get("nothing/here")
         with pytest.raises(Missing, match="nothing/here"):
             objects.view("nothing/here")
+        with pytest.raises(Missing, match="nothing/here"):
+            list(objects.read("nothing/here"))
         assert objects.size("nothing/here") is None
         assert list(objects.list("")) == []
 
