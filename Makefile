@@ -4,6 +4,7 @@
 #   make lint       format, types, import directions                    make bench     speed and memory, as ratios
 #   make bench-merge  merging beside fusion_bench and mergekit, quality of every merger (half an hour)
 #   make bench-compress  codecs beside zstd, zipnn and others: bytes, speed, quality (ten minutes)
+#   make bench-store  the store beside boto3, obstore and cp: a folder and a real S3 server (ten minutes)
 #   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP    := .venv/bin/pip --disable-pip-version-check
 # one thread per process: faster for small models, and bit-identical between runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format bench bench-merge bench-compress ui clean
+.PHONY: demo test test-all lint format bench bench-merge bench-compress bench-store ui clean
 
 demo: .venv/.user
 	.venv/bin/deltaworks run demo
@@ -45,6 +46,10 @@ bench-merge: .venv/.dev
 # PARTS="ternary lossless quality" likewise; SMALL=1 in a minute; zipnn takes part where it is installed
 bench-compress: .venv/.dev
 	.venv/bin/python -m tests.benchmarks.compressing $(PARTS)
+
+# PARTS="s3 directory" likewise; SMALL=1 in seconds; obstore takes part where it is installed
+bench-store: .venv/.dev
+	.venv/bin/python -m tests.benchmarks.storing $(PARTS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

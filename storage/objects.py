@@ -209,8 +209,8 @@ class DirectoryObjects:
     def read(self, key: str) -> Iterator[memoryview]:
         try:
             with self._path(key).open("rb", buffering=0) as file:
-                while count := file.readinto(room := memoryview(bytearray(PIECE))):
-                    yield room[:count]
+                while piece := file.read(PIECE):
+                    yield memoryview(piece)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise Missing(f"{key} is not in {self.root}") from None
         except OSError as error:

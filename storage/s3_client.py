@@ -28,7 +28,7 @@ _ADDRESSINGS = ("auto", "path", "virtual")
 @dataclass(frozen=True)
 class S3Settings:
     """
-    parallel:   pieces of large objects on their way at once, 8 MiB each  DELTAWORKS_S3_PARALLEL     8
+    parallel:   pieces of large objects on their way at once, 16 MiB each DELTAWORKS_S3_PARALLEL     8
     timeout:    seconds without a byte until an attempt is given up       DELTAWORKS_S3_TIMEOUT      60
     addressing: auto, path, or virtual: the bucket in the host name       DELTAWORKS_S3_ADDRESSING   auto
     encryption: AES256, aws:kms or aws:kms:dsse, asked for at each write  DELTAWORKS_S3_SSE          the bucket's own

@@ -27,8 +27,9 @@ from storage.streams import Bytes, regrouped
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-PIECE = 8 * 2**20
-SINGLE = 2 * PIECE  # objects up to this size travel in one request
+PIECE = 16 * 2**20
+SINGLE = PIECE  # objects up to this size travel in one request
+_GULP = 2**20  # bytes taken from a connection at once: they are copied once more, out of the processor's cache
 _MOST_PARTS = 10_000
 BREAKS = (0.2, 0.6, 2.0)  # seconds before a piece that broke off is asked for again
 _AGAIN = "Run the same command again"
@@ -119,7 +120,7 @@ class Transfer:
                 future.cancel()
 
     def _send(
-        self, name: dict[str, Any], sent: deque[Future[str]], parts: Iterable[bytes]
+        self, name: dict[str, Any], sent: deque[Future[str]], parts: Iterable[bytes | bytearray]
     ) -> Iterator[tuple[int, str]]:
         """Number and ETag of every part, in order."""
         done = 0
@@ -132,8 +133,8 @@ class Transfer:
             done += 1
             yield done, sent.popleft().result()
 
-    def _part(self, name: dict[str, Any], number: int, part: bytes) -> str:
-        return self._client.upload_part(**name, PartNumber=number, Body=part)["ETag"]
+    def _part(self, name: dict[str, Any], number: int, part: bytes | bytearray) -> str:
+        return self._client.upload_part(**name, PartNumber=number, Body=part)["ETag"]  # type: ignore[arg-type]
 
     def _complete(self, name: dict[str, Any], size: int, tags: list[tuple[int, str]]) -> None:
         parts: list[Any] = [{"PartNumber": number, "ETag": tag} for number, tag in tags]
@@ -183,7 +184,7 @@ class Transfer:
                 if answer is None:
                     answer = self._again(place, tag, start + got, start + len(room))
                 while got < len(room):
-                    count = answer.body.readinto(room[got:])
+                    count = answer.body.readinto(room[got : got + _GULP])
                     if not count:
                         raise ConnectionError(f"{got:,} of {len(room):,} bytes came")
                     got += count

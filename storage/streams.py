@@ -26,13 +26,9 @@ PIECE = 4 * 2**20
 def pieces_of(path: Path) -> Iterator[memoryview]:
     """The content of a file."""
     try:
-        with path.open("rb") as file:
-            while True:
-                room = memoryview(bytearray(PIECE))
-                count = file.readinto(room)
-                if not count:
-                    return
-                yield room[:count]
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(PIECE):
+                yield memoryview(piece)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
 
@@ -75,23 +71,19 @@ def exactly(pieces: Iterable[Bytes], size: int) -> Iterator[Bytes]:
         )
 
 
-def regrouped(pieces: Iterable[Bytes], size: int, part: int) -> Iterator[bytes]:
+def regrouped(pieces: Iterable[Bytes], size: int, part: int) -> Iterator[bytes | bytearray]:
     """The same `size` bytes in pieces of `part` bytes; only the last may be shorter."""
-    gathered = bytearray()
+    gathered, filled, left = bytearray(min(part, size)), 0, size
     for piece in exactly(pieces, size):
         view = memoryview(piece)
-        while len(gathered) + len(view) >= part:
-            take = part - len(gathered)
-            if gathered:
-                gathered += view[:take]
-                yield bytes(gathered)
-                gathered = bytearray()
-            else:
-                yield bytes(view[:take])
-            view = view[take:]
-        gathered += view
-    if gathered:
-        yield bytes(gathered)
+        while view:
+            take = min(len(view), len(gathered) - filled)
+            gathered[filled : filled + take] = view[:take]
+            view, filled = view[take:], filled + take
+            if filled == len(gathered):
+                left -= filled
+                yield gathered
+                gathered, filled = bytearray(min(part, left)), 0
 
 
 def copy(source: ObjectStore, target: ObjectStore, key: str) -> int:

@@ -97,7 +97,7 @@ class TestObjectStore:
         objects.write("key", size, iter(pieces))
         assert objects.size("key") == size
         found = list(objects.read("key"))
-        assert max((len(piece) for piece in found), default=0) <= 8 * 2**20
+        assert max((len(piece) for piece in found), default=0) <= 16 * 2**20
         assert sha256(b"".join(found)).digest() == sha256(data).digest() == sha256(objects.view("key")).digest()
 
     def test_pieces_that_do_not_come_are_never_seen(self, objects: ObjectStore) -> None:

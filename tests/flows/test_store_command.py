@@ -42,7 +42,7 @@ class TestDoctor:
         for what in (
             "one winner among 8",
             "read in pieces",
-            "24 MiB in 3 parts",
+            "24 MiB in 2 parts",
             "altered bytes are refused",
             "s apart",
         ):

@@ -25,7 +25,7 @@ from tests.storage import s3_faults as faults
 from tests.storage.s3_faults import Answer, Fault, Relay, Request, relay
 from tests.storage.s3_fixtures import BUCKET
 
-LARGE = random.Random(1).randbytes(SINGLE + PIECE + 12345)
+LARGE = random.Random(1).randbytes(SINGLE + 3 * 2**20 + 12345)
 BASE = CheckpointRef(Ref(f"checkpoint/{'0' * 64}"))
 RECIPE = {"name": "average", "version": 1}
 
