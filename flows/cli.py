@@ -61,6 +61,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   DELTAWORKS_STORE     file:///path, or s3://bucket/prefix and AWS_ variables
 
+  DELTAWORKS_CACHE     a folder for copies of what is read from s3://
+
   MLFLOW_TRACKING_URI  an MLflow server, instead of the embedded database
 
   PREFECT_API_URL      a Prefect server, instead of one that each run starts

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import boto3
 import botocore.session
 from botocore.config import Config
+from botocore.loaders import Loader, create_loader
 
 from storage.errors import InvalidInput
 
@@ -71,6 +73,7 @@ class S3Settings:
 def connect(settings: S3Settings) -> S3Client:
     """A client for the server that the environment names. ValueError if its address is none."""
     core = botocore.session.Session()
+    core.register_component("data_loader", _descriptions(core.get_config_variable("data_path")))
     session = boto3.session.Session(botocore_session=core)
     attempts = core.get_config_variable("max_attempts") or 4  # AWS_MAX_ATTEMPTS, if it is set
     mode = core.get_config_variable("retry_mode")
@@ -83,6 +86,12 @@ def connect(settings: S3Settings) -> S3Client:
         request_checksum_calculation=_checksums(core),
     )
     return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+
+
+@cache
+def _descriptions(path: str | None) -> Loader:
+    """What boto3 reads about services from files: once per process, because it takes longer than all else here."""
+    return create_loader(path)
 
 
 def _checksums(core: botocore.session.Session) -> Any:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import md5
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 PIECE = 16 * 2**20
 SINGLE = PIECE  # objects up to this size travel in one request
-_GULP = 2**20  # bytes taken from a connection at once: they are copied once more, out of the processor's cache
+_GULP = 2**20  # bytes taken from a connection at once: few enough to stay in the processor's cache
+_AHEAD = 4  # pieces on their way while one is used
 _MOST_PARTS = 10_000
 BREAKS = (0.2, 0.6, 2.0)  # seconds before a piece that broke off is asked for again
 _AGAIN = "Run the same command again"
@@ -77,46 +79,45 @@ class Transfer:
         # mapped memory is cleared page by page when it is written, and given back at once when it is dropped
         whole = mmap.mmap(-1, first.total) if first.total > SINGLE else bytearray(first.total)
         room = memoryview(whole)
-        starts = range(first.stop, first.total, PIECE)
-        waiting = [
-            self._pool().submit(self._fill, place, first.tag, start, room[start : start + PIECE]) for start in starts
+
+        def fill(start: int, stop: int, answer: _Answer | None = None) -> None:
+            for chunk in self._chunks(place, first.tag, start, stop, answer):
+                room[start : start + len(chunk)] = chunk
+                start += len(chunk)
+
+        rest = [
+            self._pool().submit(fill, start, min(start + PIECE, first.total))
+            for start in range(first.stop, first.total, PIECE)
         ]
         try:
-            self._fill(place, first.tag, 0, room[: first.stop], first)
-            for future in waiting:
+            fill(0, first.stop, first)
+            for future in rest:
                 future.result()
         finally:
-            for future in waiting:
+            for future in rest:
                 future.cancel()
-            wait(waiting)
+            wait(rest)
         return whole
 
     def pieces(self, place: str) -> Iterator[memoryview]:
         """The bytes of an object in order, piece by piece, with the next ones on their way."""
         first = self._first(place)
-        ahead = min(4, self._parallel)
-        waiting: deque[Future[memoryview]] = deque()
         starts = iter(range(first.stop, first.total, PIECE))
+        rest: deque[Future[list[bytes]]] = deque()
 
-        def order() -> None:
-            if (start := next(starts, None)) is not None:
-                room = memoryview(bytearray(min(PIECE, first.total - start)))
-                waiting.append(self._pool().submit(self._fill, place, first.tag, start, room))
+        def chunks(start: int) -> list[bytes]:
+            return list(self._chunks(place, first.tag, start, min(start + PIECE, first.total)))
 
         try:
-            for _ in range(ahead):
-                order()
-            for start in range(0, first.stop, PIECE):  # one piece, or all if the server knows no ranges
-                room = memoryview(bytearray(min(PIECE, first.stop - start)))
-                yield self._fill(place, first.tag, start, room, first, leave_open=start + len(room) < first.stop)
-            while waiting:
-                piece = waiting.popleft().result()
-                order()
-                yield piece
+            rest.extend(self._pool().submit(chunks, start) for start in islice(starts, min(_AHEAD, self._parallel)))
+            # the first answer is only a piece, or all if the server knows no ranges
+            yield from (memoryview(chunk) for chunk in self._chunks(place, first.tag, 0, first.stop, first))
+            while rest:
+                found = rest.popleft().result()
+                rest.extend(self._pool().submit(chunks, start) for start in islice(starts, 1))
+                yield from (memoryview(chunk) for chunk in found)
         finally:
-            with suppress(Exception):
-                first.body.close()
-            for future in waiting:
+            for future in rest:
                 future.cancel()
 
     def _send(
@@ -168,46 +169,36 @@ class Transfer:
         start = int(where.split()[-1].partition("-")[0])
         return _Answer(found["Body"], found.get("ETag", ""), start, start + length, int(where.rpartition("/")[2]))
 
-    def _fill(
-        self,
-        place: str,
-        tag: str,
-        start: int,
-        room: memoryview,
-        answer: _Answer | None = None,
-        leave_open: bool = False,
-    ) -> memoryview:
-        """Fill `room` with the object's bytes from `start`, out of `answer` as far as that goes."""
-        got = 0
+    def _chunks(self, place: str, tag: str, start: int, stop: int, answer: _Answer | None = None) -> Iterator[bytes]:
+        """The object's bytes from `start` to `stop`, out of `answer` as far as that goes."""
         for pause in (*BREAKS, None):
             try:
                 if answer is None:
-                    answer = self._again(place, tag, start + got, start + len(room))
-                while got < len(room):
-                    count = answer.body.readinto(room[got : got + _GULP])
-                    if not count:
-                        raise ConnectionError(f"{got:,} of {len(room):,} bytes came")
-                    got += count
-                return room
+                    answer = self._again(place, tag, start, stop)
+                while start < stop:
+                    chunk = answer.body.read(min(_GULP, stop - start))
+                    if not chunk:
+                        raise ConnectionError(f"the answer ended {stop - start:,} bytes too early")
+                    yield chunk
+                    start += len(chunk)
+                return
             except BROKEN_OFF:
                 if pause is None:
                     raise
                 time.sleep(pause)
             finally:
-                if answer is not None and not (leave_open and got == len(room)):
+                if answer is not None:
                     answer.body.close()
             answer = None
-        raise AssertionError("the last attempt returns or raises")
 
     def _again(self, place: str, tag: str, start: int, stop: int) -> _Answer:
         answer = self._ask(place, start, stop)
         if answer.tag != tag:
             answer.body.close()
             raise Unavailable(f"s3://{self._bucket}/{place} was replaced while it was read", remedy=_AGAIN)
-        if answer.start != start:  # a server that knows no ranges broke off: read on from the beginning
-            waste, left = memoryview(bytearray(PIECE)), start - answer.start
-            while left and (count := answer.body.readinto(waste[: min(left, PIECE)])):
-                left -= count
+        left = start - answer.start
+        while left > 0 and (chunk := answer.body.read(min(_GULP, left))):  # the server knows no ranges: read on
+            left -= len(chunk)
         return answer
 
     def _pool(self) -> ThreadPoolExecutor:

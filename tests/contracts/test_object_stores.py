@@ -228,7 +228,7 @@ from storage.objects import DirectoryObjects
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 store = DirectoryObjects(Path(sys.argv[1]))
-for write in (store.put, store.create):
+for write in (store.put, store.create, lambda key, data: store.write(key, len(data), [data[:9], data[9:]])):
     for key in ("old", "new", "folder/new"):
         try:
             if write(key, b"n" * 1_000_000) is False and key == "old":
@@ -236,7 +236,7 @@ for write in (store.put, store.create):
         except StoreFull as error:
             assert "nothing half-written was left" in str(error)
         else:
-            sys.exit(f"{write.__name__} of {key} did not notice")
+            sys.exit(f"{write} of {key} did not notice")
 store.put("fits", b"f" * 1000)
 """
 
