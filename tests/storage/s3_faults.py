@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Relay:
     faults: list[Fault]
     matches: Callable[[Request], bool]
     always: bool = False
+    tls: ssl.SSLContext | None = None
     met: list[str] = field(default_factory=list)
     seen: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -170,12 +172,13 @@ def relay(
     *faults: Fault,
     matches: Callable[[Request], bool] = lambda request: True,
     always: bool = False,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[str, Relay]]:
     """The address of a relay to `endpoint`, and the relay. `always`: the first fault, at every request that matches."""
-    it = Relay(endpoint, list(faults), matches, always)
+    it = Relay(endpoint, list(faults), matches, always, tls)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         threading.Thread(target=_listen, args=(listener, it), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", it
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}", it
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -186,7 +189,14 @@ def _listen(listener: socket.socket, it: Relay) -> None:
 
 
 def _serve(connection: socket.socket, it: Relay) -> None:
-    with connection, connection.makefile("rb") as received, suppress(OSError, http.client.HTTPException, ValueError):
+    with suppress(OSError, http.client.HTTPException, ValueError):
+        if it.tls is not None:
+            connection = it.tls.wrap_socket(connection, server_side=True)
+        _converse(connection, it)
+
+
+def _converse(connection: socket.socket, it: Relay) -> None:
+    with connection, connection.makefile("rb") as received:
         while line := received.readline():
             method, target, _ = line.decode().split(" ", 2)
             headers = {}

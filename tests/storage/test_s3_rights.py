@@ -1,10 +1,15 @@
-"""What the policies of infra/s3-policies.md allow on a real server, what is said beyond them, and encryption."""
+"""What the policies of infra/s3-policies.md allow on a real server, what is said beyond them; encryption on the way and
+in the store, and which secrets are told: none."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
+import ssl
+import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +18,12 @@ from uuid import uuid4
 import pytest
 
 from storage.artifacts import ArtifactStore
-from storage.errors import InvalidInput
+from storage.errors import DeltaworksError, InvalidInput, Unavailable
 from storage.s3 import S3Objects
 from storage.s3_client import S3Settings
 from storage.s3_doctor import abandoned, remove_uploads
-from tests.storage.s3_fixtures import client
+from tests.storage.s3_faults import relay
+from tests.storage.s3_fixtures import BUCKET, client
 from tests.storage.s3_server import GUEST
 
 PAGE = Path(__file__).parents[2] / "infra" / "s3-policies.md"
@@ -106,6 +112,77 @@ def test_a_pruner(guest: GuestWith) -> None:
     assert remove_uploads(store, older=timedelta(0)) == 0
     with pytest.raises(InvalidInput, match="Writing needs s3:PutObject"):
         store.put("new", b"x")
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate that nobody knows, for 127.0.0.1, and who answers with it."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=deltaworks -addext subjectAltName=IP:127.0.0.1"
+    )
+    done = subprocess.run([*command.split(), "-keyout", key, "-out", certificate], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
+
+
+class TestTheWay:
+    def test_a_private_authority(
+        self, s3_url: str, authority: tuple[Path, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prefix = s3_url.rpartition("/")[2]
+        with relay(os.environ["AWS_ENDPOINT_URL"], tls=authority[1]) as (address, it):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+            monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+            with pytest.raises(Unavailable, match="AWS_CA_BUNDLE"):
+                S3Objects(BUCKET, prefix).get("key")
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(authority[0]))
+            store = S3Objects(BUCKET, prefix)
+            for size in (0, 1000, 100_000, len(LARGE)):
+                store.put("key", LARGE[:size])
+                assert store.view("key") == LARGE[:size]
+            assert store.create("line/main/00000000", b"entry")
+            sent = [one.headers.get("X-Amz-Content-SHA256") for one in it.seen if one.method == "PUT"]
+            assert hashlib.sha256(LARGE[:100_000]).hexdigest() in sent
+
+    @pytest.mark.parametrize(
+        ("setting", "address"), [("path", "s3.example/b/a/key"), ("virtual", "b.s3.example/a/key")]
+    )
+    def test_where_the_bucket_is_written(self, monkeypatch: pytest.MonkeyPatch, setting: str, address: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example")
+        monkeypatch.setenv("DELTAWORKS_S3_ADDRESSING", setting)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        signed = S3Objects("b", "a").connected().generate_presigned_url("get_object", {"Bucket": "b", "Key": "a/key"})
+        assert signed.startswith(f"https://{address}?")
+
+    def test_no_secret_is_written_down(
+        self, s3_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Not in what the store keeps of its server, not in errors and what caused them, not in our logs."""
+        secret, address = os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ENDPOINT_URL"]
+        login = "//somebody:a-password@"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address.replace("//", login))
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        caplog.set_level(logging.INFO)
+        told = [caplog.text]
+        store = S3Objects(BUCKET, s3_url.rpartition("/")[2])
+        for use in (store.ready, lambda: store.get("nothing"), lambda: store.put("key", b"data")):
+            try:
+                use()
+            except DeltaworksError as error:
+                told += [str(error), repr(error), error.remedy]
+        told.append(store.endpoint)
+        keys = client({**os.environ, "AWS_ENDPOINT_URL": address}).list_objects_v2(Bucket=BUCKET, Prefix=store.prefix)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        plain = S3Objects(BUCKET, store.prefix)
+        plain.ready()
+        told += [plain._found(item["Key"]).decode() for item in keys.get("Contents", [])]
+        for words in told:
+            assert secret not in words
+            assert "a-password" not in words
 
 
 def test_nobody(guest: GuestWith, s3_environment: dict[str, str]) -> None:
