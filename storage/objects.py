@@ -12,15 +12,24 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
+
+
+class Listed(NamedTuple):
+    """An object as a listing shows it. `modified`: when it was written, in seconds since 1970, by the store's clock."""
+
+    key: str
+    bytes: int
+    modified: float
 
 
 class ObjectStore(Protocol):
@@ -59,6 +68,14 @@ class ObjectStore(Protocol):
         """Keys that start with `prefix`, sorted."""
         ...
 
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        """Like `list`, with sizes and times; what is removed meanwhile may be among them or not."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove `key` if it is there. Only for what no manifest and no journal names: see storage/sweep.py."""
+        ...
+
 
 def check_key(key: str) -> str:
     if not _KEY.fullmatch(key):
@@ -80,6 +97,7 @@ class MemoryObjects:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
+        self._written: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes:
@@ -94,12 +112,14 @@ class MemoryObjects:
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+            self._written[key] = time.time()
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if check_key(key) in self._objects:
                 return False
             self._objects[key] = bytes(data)
+            self._written[key] = time.time()
             return True
 
     def size(self, key: str) -> int | None:
@@ -110,6 +130,16 @@ class MemoryObjects:
         check_prefix(prefix)
         with self._lock:
             return iter(sorted(key for key in self._objects if key.startswith(prefix)))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        with self._lock:
+            found = [Listed(key, len(data), self._written[key]) for key, data in self._objects.items()]
+        return iter(sorted(one for one in found if one.key.startswith(check_prefix(prefix))))
+
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+            self._written.pop(key, None)
 
 
 class Overlay:
@@ -136,6 +166,14 @@ class Overlay:
 
     def list(self, prefix: str) -> Iterator[str]:
         return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        found = {one.key: one for store in (self._below, self._above) for one in store.listed(prefix)}
+        return iter(sorted(found.values()))
+
+    def delete(self, key: str) -> None:
+        """Remove what was written above; what is below stays, and is seen again."""
+        self._above.delete(key)
 
     def _holder(self, key: str) -> ObjectStore:
         return self._below if self._above.size(key) is None else self._above
@@ -199,6 +237,24 @@ class DirectoryObjects:
         found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
         keys = (path.relative_to(self.root).as_posix() for path in found)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        for key in self.list(prefix):
+            try:
+                found = (self.root / key).stat()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise Unavailable(f"cannot read {self.root / key}: {error}") from error
+            yield Listed(key, found.st_size, found.st_mtime)
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise Unavailable(f"cannot remove {self._path(key)}: {error}") from error
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)

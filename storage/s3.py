@@ -28,7 +28,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
-from storage.objects import check_key
+from storage.objects import Listed, check_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -200,12 +200,24 @@ class S3Objects:
             return None
 
     def list(self, prefix: str) -> Iterator[str]:
+        return (one.key for one in self.listed(prefix))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
         place = self._root + prefix
         with self._errors(place):
             pages = self._connect().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=place)
-            found = [item["Key"] for page in pages for item in page.get("Contents", [])]
+            found = [
+                Listed(item["Key"].removeprefix(self._root), item["Size"], item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
         # Consoles mark folders by empty objects that end in a slash. Not every kind of bucket lists in order.
-        return iter(sorted(key.removeprefix(self._root) for key in found if not key.endswith("/")))
+        return iter(sorted(one for one in found if one.key and not one.key.endswith("/")))
+
+    def delete(self, key: str) -> None:
+        place = self._place(key)
+        with self._errors(place):
+            self._connect().delete_object(Bucket=self.bucket, Key=place)  # a success too if there was nothing
 
     def _place(self, key: str) -> str:
         return self._root + check_key(key)
