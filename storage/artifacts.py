@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -167,7 +168,10 @@ class ArtifactStore:
         name = parse_ref(ref, kind)
         data = self.objects.get(name)
         _check(data, name.partition("/")[2], short(name))
-        return Artifact(self, name, decode_manifest(data, source=short(name)))
+        manifest = decode_manifest(data, source=short(name))
+        if manifest.kind != name.partition("/")[0]:
+            raise Damaged(f"{short(name)} is named a {name.partition('/')[0]}, but says it is a {manifest.kind!r}")
+        return Artifact(self, name, manifest)
 
     def has(self, ref: str) -> bool:
         return self.objects.size(parse_ref(ref)) is not None
@@ -175,7 +179,8 @@ class ArtifactStore:
     def refs(self, kind: Kind | None = None) -> Iterator[Ref]:
         for one in [kind] if kind else KINDS:
             for key in self.objects.list(f"{one}/"):
-                yield parse_ref(key)
+                with suppress(InvalidInput):  # a stray file that somebody put there
+                    yield parse_ref(key)
 
     def resolve(self, text: str) -> Ref:
         """A ref from a full ref or an unambiguous beginning of one (`update/1b2c`), as people type it."""
