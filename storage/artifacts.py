@@ -12,6 +12,7 @@ Blobs of equal content are one object. The manifest is written last, so its exis
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -33,6 +34,7 @@ from storage.manifest import (
 from storage.objects import ObjectStore
 from storage.refs import KINDS, Kind, Ref, parse_ref, short
 
+FRESH = 24 * 3600.0  # seconds for which a blob that is written again counts as just written: see storage/sweep.py
 _RESTORE = (
     "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
     "`deltaworks verify --all` lists, and run the flow again"
@@ -214,9 +216,13 @@ class ArtifactStore:
         return TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto, digest, error)
 
     def write_blob(self, data: bytes) -> str:
-        """Store `data` under its sha256, unless it is there already, and return the sha256."""
+        """Store `data` under its sha256, unless it is there already, and return the sha256.
+
+        One that is there since long is written again: a prune that runs at this moment may hold it for forgotten.
+        """
         name = digest(data)
-        if self.objects.size(f"blob/{name}") != len(data):
+        found = self.objects.stat(f"blob/{name}")
+        if found is None or found.bytes != len(data) or found.modified < time.time() - FRESH:
             self.objects.put(f"blob/{name}", data)
         return name
 

@@ -10,12 +10,12 @@ import errno
 import mmap
 import os
 import re
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple, Protocol
 from uuid import uuid4
 
@@ -62,6 +62,10 @@ class ObjectStore(Protocol):
 
     def size(self, key: str) -> int | None:
         """Bytes of `key`, None if there is none."""
+        ...
+
+    def stat(self, key: str) -> Listed | None:
+        """Bytes and time of `key`, None if there is none."""
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -126,6 +130,11 @@ class MemoryObjects:
         found = self._objects.get(check_key(key))
         return None if found is None else len(found)
 
+    def stat(self, key: str) -> Listed | None:
+        with self._lock:
+            found = self._objects.get(check_key(key))
+            return None if found is None else Listed(key, len(found), self._written[key])
+
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
         with self._lock:
@@ -163,6 +172,9 @@ class Overlay:
 
     def size(self, key: str) -> int | None:
         return self._holder(key).size(key)
+
+    def stat(self, key: str) -> Listed | None:
+        return self._holder(key).stat(key)
 
     def list(self, prefix: str) -> Iterator[str]:
         return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
@@ -223,13 +235,17 @@ class DirectoryObjects:
         return True
 
     def size(self, key: str) -> int | None:
+        found = self.stat(key)
+        return None if found is None else found.bytes
+
+    def stat(self, key: str) -> Listed | None:
         try:
             found = self._path(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)

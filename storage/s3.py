@@ -191,13 +191,19 @@ class S3Objects:
         raise Unavailable(f"{key}: other writers kept the server from deciding who was first", remedy=_WAIT)
 
     def size(self, key: str) -> int | None:
-        """Bytes of `key`, None if there is none. A missing bucket is None too: the server does not tell them apart."""
+        found = self.stat(key)
+        return None if found is None else found.bytes
+
+    def stat(self, key: str) -> Listed | None:
+        """Bytes and time of `key`, None if there is none. A missing bucket is None too: the server does not tell them
+        apart."""
         place = self._place(key)
         try:
             with self._errors(place):
-                return self._connect().head_object(Bucket=self.bucket, Key=place)["ContentLength"]
+                found = self._connect().head_object(Bucket=self.bucket, Key=place)
         except Missing:
             return None
+        return Listed(key, found["ContentLength"], found["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[str]:
         return (one.key for one in self.listed(prefix))

@@ -159,7 +159,7 @@ class TestObjectStore:
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_keys_that_could_lead_elsewhere_are_refused(self, objects: ObjectStore, key: str) -> None:
         writes = (lambda key: objects.put(key, b""), lambda key: objects.create(key, b""))
-        for use in (objects.get, objects.size, objects.delete, *writes):
+        for use in (objects.get, objects.size, objects.stat, objects.delete, *writes):
             with pytest.raises(InvalidInput, match="not an object key"):
                 use(key)
         assert list(objects.list("")) == []
@@ -173,6 +173,10 @@ class TestObjectStore:
         assert [(one.key, one.bytes) for one in found] == [("blob/a", 5), ("blob/b", 0)]
         assert all(before - 2 <= one.modified <= time.time() + 2 for one in found)
         assert [one.key for one in objects.listed("")] == list(objects.list(""))
+        stat = objects.stat("blob/a")
+        assert stat is not None and stat[:2] == ("blob/a", 5)
+        assert abs(stat.modified - found[0].modified) < 1  # S3 tells whole seconds in one answer and less in another
+        assert objects.stat("nothing/here") is None
 
     def test_what_is_deleted_is_gone_and_may_be_written_again(self, objects: ObjectStore) -> None:
         objects.put("blob/a", b"1")
