@@ -16,6 +16,7 @@ from flows.codec_commands import codecs, compress
 from flows.export_command import export
 from flows.line_commands import line_app
 from flows.merge_command import merge
+from flows.room_commands import du, pin, pins, prune, unpin
 from flows.similarity_command import similarity
 from flows.terminal import (
     Memory,
@@ -24,10 +25,10 @@ from flows.terminal import (
     Workers,
     console,
     embedded_prefect,
-    errors,
     errors_explained,
     open_workplace,
 )
+from flows.verify_command import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +80,8 @@ app.command()(codecs)
 app.command()(compress)
 app.command()(export)
 app.command()(similarity)
+for _command in (verify, du, prune, pin, unpin, pins):
+    app.command()(_command)
 
 
 @app.command()
@@ -129,34 +132,6 @@ def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one
         store = open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
             console.print(part)
-
-
-@app.command()
-def verify(
-    ref: Annotated[str | None, typer.Argument(help="A ref, or the beginning of one.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything in the store.")] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Read stored bytes and hold them against the digests that name them. Exit code 1 if anything is wrong."""
-    with errors_explained():
-        if (ref is None) == (not everything):
-            raise typer.BadParameter("give either a ref or --all")
-        place = open_workplace()
-        from flows.board import bar
-        from storage.verify import verify as check
-        from storage.verify import verify_lines
-
-        refs = list(place.store.refs()) if ref is None else [place.store.resolve(ref)]
-        with bar(console, "checking blobs", quiet) as report:
-            verdict = check(place.store, refs, report)
-        findings = [*verdict.findings, *(verify_lines(place.store) if everything else [])]
-        for finding in findings:
-            errors.print(f"[red]bad[/]  {finding.object}\n     {finding.problem}")
-            errors.print(f"     needed by {', '.join(finding.needed_by)}")
-        counted = f"{verdict.artifacts} artifacts, {verdict.blobs} blobs, {verdict.bytes / 1e6:.1f} MB"
-        console.print(f"{counted}: {'all as named' if not findings else f'{len(findings)} bad'}")
-        if findings:
-            raise typer.Exit(1)
 
 
 @app.command()

@@ -51,7 +51,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Condemned:
-    """What would go. `young`: objects that nothing names, but that the grace period protects."""
+    """What would go. `young`: objects that stay only because of the grace period."""
 
     memos: tuple[Listed, ...]
     manifests: tuple[Listed, ...]
@@ -116,32 +116,30 @@ def mark(
     graph = needs or Needs(store)
     graph.problems.clear()  # what was not there at the last look may have come
     there = _Store.read(store)
-    roots = _wanted(there, store, wishes, since)
-    kept = graph.closure(roots, report=report)
-    for ref in sorted(kept & graph.problems.keys()):
-        if isinstance(graph.problems[ref], Damaged):
-            raise Damaged(
-                f"the prune stops, because nobody can tell what {short(ref)} needs: {graph.problems[ref]}",
-                remedy="`deltaworks verify --all --repair-from URL` takes it from a copy of the store",
-            )
+    roots = _wanted(there, store, wishes)
+    firm = graph.closure(roots, report=report)
     if wishes.sources:
         updates = {ref for one in there.journals.lines for entry in one.entries for ref in updates_of(entry)}
-        kept |= graph.closure(updates, sources=True, report=report)
-    unwanted = [one for ref, one in there.manifests.items() if ref not in kept]
-    needed = graph.blobs(kept)
-    loose = [one for blob, one in there.blobs.items() if blob not in needed]
-    gone = {ref for ref, one in there.manifests.items() if ref not in kept and one.modified < since}
+        firm |= graph.closure(updates, sources=True, report=report)
+    kept = firm | graph.closure(_fresh(there, since), report=report)
+    _refuse_unreadable(graph, graph.closure(roots))
+    needed, firmly = graph.blobs(kept), graph.blobs(firm)
+    gone = {ref for ref in there.manifests if ref not in kept}
     stale = [
         one
         for key, one in there.memos.items()
         if (gave := there.remembered[key]) is None or gave in gone or gave not in there.manifests
     ]
-    old, young = ([one for one in (*unwanted, *loose) if (one.modified < since) is past] for past in (True, False))
+    loose = [one for blob, one in there.blobs.items() if blob not in needed]
     return Condemned(
         tuple(one for one in stale if one.modified < since),
-        tuple(one for one in old if not one.key.startswith("blob/")),
-        tuple(one for one in old if one.key.startswith("blob/")),
-        tuple(young),
+        tuple(there.manifests[ref] for ref in sorted(gone)),
+        tuple(one for one in loose if one.modified < since),
+        (
+            *(one for ref, one in there.manifests.items() if ref in kept and ref not in firm),
+            *(one for blob, one in there.blobs.items() if blob in needed and blob not in firmly),
+            *(one for one in loose if one.modified >= since),
+        ),
         tuple(sorted(ref for ref in roots if ref not in there.manifests)),
     )
 
@@ -178,7 +176,7 @@ def sweep(
     return Swept(done, freed, harmed)
 
 
-def _wanted(there: _Store, store: ArtifactStore, wishes: Wishes, since: float) -> set[Ref]:
+def _wanted(there: _Store, store: ArtifactStore, wishes: Wishes) -> set[Ref]:
     """The roots: what is kept for its own sake."""
     found: set[Ref] = set(wishes.registered & there.manifests.keys())  # they may be of other stores, too
     for journal in there.journals.lines:
@@ -186,10 +184,23 @@ def _wanted(there: _Store, store: ArtifactStore, wishes: Wishes, since: float) -
         if wishes.states:
             found |= journal.states() & there.manifests.keys()
     found |= {one.ref for one in pins(store)}
-    found |= {ref for ref in there.manifests if ref.startswith("scores/")}
-    found |= {ref for ref, one in there.manifests.items() if one.modified >= since}
+    return found | {ref for ref in there.manifests if ref.startswith("scores/")}
+
+
+def _fresh(there: _Store, since: float) -> set[Ref]:
+    """What is kept because it was written or remembered lately: by somebody who may be at work."""
+    found = {ref for ref, one in there.manifests.items() if one.modified >= since}
     fresh = {one for key, one in there.remembered.items() if one and there.memos[key].modified >= since}
     return found | (fresh & there.manifests.keys())
+
+
+def _refuse_unreadable(graph: Needs, wanted: set[Ref]) -> None:
+    for ref in sorted(wanted & graph.problems.keys()):
+        if isinstance(graph.problems[ref], Damaged):
+            raise Damaged(
+                f"the prune stops, because nobody can tell what {short(ref)} needs: {graph.problems[ref]}",
+                remedy="`deltaworks verify --all --repair-from URL` takes it from a copy of the store",
+            )
 
 
 def _remembered(store: ArtifactStore, key: str) -> Ref | None:

@@ -96,7 +96,7 @@ def test_what_is_young_stays_and_what_it_needs(store: ArtifactStore) -> None:
     base = checkpoint_of({"a": torch.ones(3)}, store)
     store.write_blob(b"of a draft that is not committed yet")
     found = mark(store, Wishes())
-    assert (len(found), len(found.young)) == (0, 1)
+    assert (len(found), len(found.young)) == (0, 3)
     objects = store.objects
     assert isinstance(objects, MemoryObjects)
     for one in list(objects.listed("")):
