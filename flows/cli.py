@@ -28,6 +28,7 @@ from flows.terminal import (
     errors_explained,
     open_workplace,
 )
+from flows.transfer_commands import copy, line_export, line_import, mirror
 from flows.verify_command import verify
 
 app = typer.Typer(
@@ -80,8 +81,10 @@ app.command()(codecs)
 app.command()(compress)
 app.command()(export)
 app.command()(similarity)
-for _command in (verify, du, prune, pin, unpin, pins):
+for _command in (verify, du, prune, pin, unpin, pins, copy, mirror):
     app.command()(_command)
+line_app.command("export")(line_export)
+line_app.command("import")(line_import)
 
 
 @app.command()

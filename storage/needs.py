@@ -160,13 +160,17 @@ class Users:
         return min(self._direct.get(key, ()), default="")
 
     def of(self, key: str) -> set[str]:
+        return self.of_all([key]) - {key}
+
+    def of_all(self, keys: Iterable[str]) -> set[str]:
+        """Everybody who needs one of `keys`."""
         found: set[str] = set()
-        waiting = [key]
+        waiting = list(keys)
         while waiting:
             more = self._direct.get(waiting.pop(), set()) - found
             found |= more
             waiting.extend(more)
-        return found - {key}
+        return found
 
 
 _NOTHING = Needed({}, (), ())
