@@ -18,6 +18,7 @@ from flows.line_commands import line_app
 from flows.merge_command import merge
 from flows.room_commands import du, pin, pins, prune, unpin
 from flows.similarity_command import similarity
+from flows.table_command import table
 from flows.terminal import (
     Memory,
     Quiet,
@@ -81,7 +82,7 @@ app.command()(codecs)
 app.command()(compress)
 app.command()(export)
 app.command()(similarity)
-for _command in (verify, du, prune, pin, unpin, pins, copy, mirror):
+for _command in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command()(_command)
 line_app.command("export")(line_export)
 line_app.command("import")(line_import)

@@ -198,7 +198,8 @@ def _refold(line: Line, to: Entry, place: Workplace) -> None:
 
     history = line.history(until=to.number)
     folds = history[: [one.state for one in history].index(to.state) + 1]
-    console.print(f"{len(missing_folds(folds, place.store))} states were pruned and are merged again")
+    count = len(missing_folds(folds, place.store))
+    console.print(f"{count} {'states were' if count > 1 else 'state was'} pruned: merging again")
     settings = place.settings
     with bar(console, "merging again", False) as report:
         refold(

@@ -46,7 +46,7 @@ def copy(
 
 
 def mirror(url: Url, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Make another store have everything that this one has: artifacts, lines, pins. Nothing there is changed or removed.
+    """Make another store have everything that this one has: artifacts, lines, pins. Nothing there is removed.
 
     Refused if a line has another history there. What is damaged here is left out, and named: exit code 1.
 

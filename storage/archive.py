@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from storage.artifacts import ArtifactStore
 from storage.errors import Damaged, InvalidInput
+from storage.files import whole_file
 from storage.histories import append_entries, check_same_history
 from storage.lines import Line, decode_entry, history_of
 from storage.manifest import canonical, decode_manifest, digest
@@ -28,7 +29,7 @@ from storage.many import Report, silent
 from storage.needs import Needs, needed_by
 from storage.refs import KINDS, Ref, parse_ref, short
 from storage.roots import Journal, read_journal
-from storage.tar import end, members_of, read_exactly, whole_file, write_member
+from storage.tar import end, members_of, read_exactly, write_member
 from storage.transfer import put_checked
 
 FORMAT = "deltaworks-line/1"

@@ -10,6 +10,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput, Missing
 from storage.manifest import canonical
 from storage.refs import Ref, parse_ref, short
+from storage.trust import printable
 
 PREFIX = "pin/"
 
@@ -54,7 +55,7 @@ def pins(store: ArtifactStore) -> list[Pin]:
 def _read(store: ArtifactStore, ref: Ref) -> Pin:
     try:
         note = json.loads(store.objects.get(f"{PREFIX}{ref}"))
-        return Pin(ref, str(note["why"]), str(note["at"]))
+        return Pin(ref, printable(str(note["why"])), printable(str(note["at"])))
     except (ValueError, TypeError, KeyError, RecursionError):
         return Pin(ref, "its note cannot be read")
     except Missing:

@@ -21,6 +21,11 @@ class Journal:
     def head(self) -> Entry:
         return self.entries[-1]
 
+    @property
+    def history(self) -> list[Entry]:
+        """The folds that made the head's state."""
+        return history_of(self.entries, self.name)
+
     def named(self) -> dict[str, list[Ref]]:
         """What each entry cannot do without, under the entry's name for people: its base, its updates, and of the
         head the state. Older states are cache: they can be folded again from the updates."""

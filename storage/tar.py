@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
-from storage.errors import Damaged, InvalidInput, StoreFull
+from storage.errors import Damaged
 
 _BLOCK = 512
 _CHUNK = 1 << 20
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[BinaryIO]:
-    """A new file that has its name once it is whole."""
-    if file.exists():
-        raise InvalidInput(f"{file} is there already", remedy="Choose another name, or remove it first")
-    written = file.with_name(f".{file.name}.part")
-    try:
-        with written.open("wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        written.rename(file)
-    except OSError as error:
-        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else InvalidInput
-        raise kind(f"cannot write {file}: {error.strerror}", remedy="Nothing was left of it") from error
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def write_member(out: BinaryIO, name: str, data: bytes) -> None:

@@ -38,6 +38,11 @@ def check_name(value: Any, what: str) -> None:
         raise InvalidInput(f"{what}: expected up to {_LONGEST} printable characters, found {_shown(value)}")
 
 
+def printable(text: str) -> str:
+    """`text` without what could take over a terminal: for notes that are shown, whatever they hold."""
+    return _UNPRINTABLE.sub("?", text)[:_LONGEST]
+
+
 def check_file_name(value: Any, what: str) -> None:
     """A name that an export makes a file of, in a folder that it must not leave."""
     check_name(value, what)
@@ -96,8 +101,8 @@ def check_entry(entry: Any, number: int, what: str) -> None:
     check_ref(entry.base, "checkpoint", f"{what}, base")
     check_mapping(entry.merger, f"{what}, merger")
     check_name(entry.at, f"{what}, at")
-    if not isinstance(entry.why, str):
-        raise InvalidInput(f"{what}, why: expected a text, found {_shown(entry.why)}")
+    if not isinstance(entry.why, str) or _UNPRINTABLE.search(re.sub(r"[\t\r\n]", " ", entry.why)):
+        raise InvalidInput(f"{what}, why: expected a printable text, found {_shown(entry.why)}")
     check_merge(entry, what)
     for one in entry.folds:
         check_merge(one, what)

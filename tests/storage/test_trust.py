@@ -195,6 +195,7 @@ ENTRY_HARMS: dict[str, dict[str, Any]] = {
     "folds that are numbers": {"folds": [1]},
     "folds without a state": {"folds": [{"task": "a", "update": f"update/{BLOB}", "state": None}]},
     "a reason that is a list": {"why": []},
+    "a reason with commands": {"why": "x\x1b]0;title\x07"},
 }
 
 
