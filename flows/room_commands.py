@@ -190,6 +190,8 @@ def _print_condemned(found: Condemned, wishes: Wishes) -> None:
     from flows.store_words import size
     from storage.refs import short
 
+    kept = f"{len(wishes.registered)} refs that registered models in MLflow name"
+    console.print(f"kept: what lines, pins and scores need, and {kept}")
     for one in found.manifests:
         console.print(f"  {short(one.key)}")
     kinds: dict[str, int] = {}

@@ -5,10 +5,11 @@ registered models name; pins; all scores, which are results and small; and whate
 
 Others may be at work. Nothing younger than the grace period is removed, nor what it needs. A blob that is written again
 is written anew if it is older than a day, and a step that is found done renews its memo, so that what is in use is
-young (`ArtifactStore.write_blob`, flows/policy.py). Manifests go before blobs, and what is wanted is worked out again
-between the two: a sweep that is killed leaves blobs that nothing names, never a manifest without its blobs. What is
-left is a writer that lists an old blob of another artifact without writing it, in the very moment of the sweep. So the
-sweep ends with a look at the manifests that came meanwhile, and says which of them it has harmed.
+young (`ArtifactStore.write_blob`, flows/policy.py). Every object is looked at again right before it goes. Manifests go
+before blobs, and what is wanted is worked out again between the two: a sweep that is killed leaves blobs that nothing
+names, never a manifest without its blobs. What is left is a writer that lists an old blob of another artifact without
+writing it while the sweep runs, or writes it in the instant between that last look and the removal. So the sweep ends
+with a look at the manifests that came meanwhile, says which of them it has harmed, and lets their steps be done again.
 """
 
 from __future__ import annotations
@@ -152,28 +153,33 @@ def sweep(
     first = mark(store, wishes, needs=graph, now=now)
     total, done = len(first), 0
 
-    def remove(some: Sequence[Listed]) -> None:
+    def remove(some: Sequence[Listed]) -> list[Listed]:
         nonlocal done
         before = done
-        each(some, lambda one: store.objects.delete(one.key), report=lambda count, _: report(before + count, total))
+        gone = each(some, lambda one: _remove(store, one), report=lambda count, _: report(before + count, total))
         done += len(some)
+        return [one for one, went in zip(some, gone, strict=True) if went]
 
-    remove(first.memos)
+    swept = remove(first.memos)
     for kind in _FIRST:
-        remove([one for one in first.manifests if one.key.startswith(f"{kind}/")])
-    removed = {one.key for one in first.manifests}
+        swept += remove([one for one in first.manifests if one.key.startswith(f"{kind}/")])
     second = mark(store, wishes, needs=graph, now=now)  # what is wanted now, by whoever came meanwhile
     known = set(store.refs())
-    swept: list[Listed] = []
     for start in range(0, len(second.blobs), _BATCH):
         spared = graph.blobs(_newcomers(store, graph, known))
         going = [one for one in second.blobs[start : start + _BATCH] if one.key.partition("/")[2] not in spared]
-        remove(going)
-        swept += going
-    lost = removed | {one.key for one in swept}
-    harmed = _harmed(store, graph, _newcomers(store, graph, known), lost)
-    freed = sum(one.bytes for one in (*first.memos, *first.manifests, *swept))
-    return Swept(done, freed, harmed)
+        swept += remove(going)
+    harmed = _harmed(store, graph, _newcomers(store, graph, known), {one.key for one in swept})
+    return Swept(len(swept), sum(one.bytes for one in swept), harmed)
+
+
+def _remove(store: ArtifactStore, listed: Listed) -> bool:
+    """Remove an object, unless somebody wrote it again since it was listed."""
+    now = store.objects.stat(listed.key)
+    if now is None or now.modified > listed.modified + 1:  # S3 tells whole seconds in one answer, less in another
+        return False
+    store.objects.delete(listed.key)
+    return True
 
 
 def _wanted(there: _Store, store: ArtifactStore, wishes: Wishes) -> set[Ref]:

@@ -9,6 +9,8 @@ import pytest
 
 from flows import progress
 from flows.chain import chain
+from flows.plan import plan_rebuild
+from flows.rebuild import rebuild
 from flows.store_words import registered
 from flows.workplace import here
 from storage.lines import Line
@@ -17,7 +19,7 @@ from storage.roots import read_journals
 from storage.sweep import GRACE, Swept, Wishes, sweep
 from storage.verify import verify
 from tests.flows.test_chain import Count
-from tests.flows.test_rebuild import config
+from tests.flows.test_rebuild import OPCM, config, directly
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -56,3 +58,10 @@ def test_a_chain_goes_on_over_a_pruned_store(tmp_path: Path, monkeypatch: pytest
     assert states() == expected
     assert [step.model for step in grown.lines[0].steps] == [step.model for step in twin.lines[0].steps]
     assert verify(store, store.refs(), journals=read_journals(store.objects).lines).findings == ()
+
+    prune(registered_too=False)
+    line = Line(store.objects, "smoke-opcm")
+    wanted = plan_rebuild(line, line.head(), OPCM, store, drop=["invert"])
+    entry = rebuild(wanted)
+    monkeypatch.setenv("DELTAWORKS_HOME", str(tmp_path / "undisturbed"))
+    assert [one.state for one in entry.folds] == directly(wanted.folds, OPCM)

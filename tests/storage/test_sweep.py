@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +21,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import Damaged, Missing
 from storage.lines import Line
 from storage.manifest import Lineage
-from storage.objects import MemoryObjects
+from storage.objects import DirectoryObjects, MemoryObjects
 from storage.pins import pin, pins, unpin
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, short
 from storage.roots import read_journals
@@ -161,6 +167,64 @@ def test_somebody_uses_a_blob_while_it_is_swept(again: str) -> None:
         assert verify(store, newcomers).findings == ()
     else:
         assert swept.harmed == (newcomers[0],) and store.recall("key") is None
+
+
+def test_what_is_written_again_between_the_look_and_the_removal_stays() -> None:
+    """The first blob that goes makes its writer act: the second, which was condemned with it, is written again."""
+    objects = Busy()
+    store = ArtifactStore(objects)
+    old = checkpoint_of({"a": torch.ones(3), "b": torch.zeros(3)}, store)
+    blobs = sorted(f"blob/{blob}" for blob in store.open(old).manifest.blobs())
+    data = {blob: objects.get(blob) for blob in blobs}
+
+    def again() -> None:
+        for blob in blobs:
+            objects.put(blob, data[blob])
+            objects._written[blob] += LATER  # at the time of the sweep
+
+    objects.meanwhile = again
+    sweep(store, Wishes(), now=later())
+    assert blobs[1] in set(objects.list("blob/"))
+
+
+def test_writers_and_a_pruner_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads write artifacts of the very blobs that another thread prunes, over and over; none of them is harmed.
+
+    A day is half a second here, and the grace period three: what is older is made very old, blobs and manifests.
+    """
+    monkeypatch.setattr("storage.artifacts.FRESH", 0.5)
+    store = ArtifactStore(DirectoryObjects(tmp_path))
+    values = [torch.full((4,), float(number)) for number in range(40)]
+    stop, made = threading.Event(), []
+
+    def write(seed: int) -> None:
+        picks = random.Random(seed)
+        while not stop.is_set():
+            draft = store.draft("checkpoint", Lineage("test"))
+            for name in range(5):
+                value = picks.choice(values)
+                draft.add(f"t{name}", {"tensor": value}, role="bare", dtype="F32", shape=value.shape)
+            draft.facts.update({"seed": seed, "number": len(made)})
+            made.append(draft.commit())
+
+    def forget() -> None:
+        for path in [*tmp_path.glob("blob/*"), *tmp_path.glob("checkpoint/*")]:
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - 3:
+                    os.utime(path, (1, 1))
+
+    removed = 0
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, seed) for seed in range(2)]
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:
+            forget()
+            removed += sweep(store, Wishes(grace=3600)).objects
+        stop.set()
+        for one in writers:
+            one.result()
+    assert removed > 20 and len(made) > 20
+    assert verify(store, store.refs()).findings == ()
 
 
 class Merging(MemoryObjects):
