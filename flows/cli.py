@@ -57,6 +57,10 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks ui                         versions in MLflow, runs in Prefect
 
+  deltaworks du                         what takes the room; prune removes what nothing needs
+
+  deltaworks mirror s3://backup/store   a whole store beside another; verify --repair-from takes from it
+
 [bold]Where things are[/] (environment; a local .deltaworks folder if none is set)
 
   DELTAWORKS_HOME      folder of the embedded store and databases

@@ -9,27 +9,17 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from uuid import uuid4
 
-from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
-
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
-
-
-class Listed(NamedTuple):
-    """An object as a listing shows it. `modified`: when it was written, in seconds since 1970, by the store's clock."""
-
-    key: str
-    bytes: int
-    modified: float
+from storage.errors import Missing, StoreFull, Unavailable
+from storage.keys import Listed, check_key, check_prefix
 
 
 class ObjectStore(Protocol):
@@ -79,19 +69,6 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key` if it is there. Only for what no manifest and no journal names: see storage/sweep.py."""
         ...
-
-
-def check_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise InvalidInput(f"{key!r} is not an object key")
-    return key
-
-
-def check_prefix(prefix: str) -> str:
-    """A prefix is the beginning of a key, or empty."""
-    if prefix and not _KEY.fullmatch(f"{prefix}x"):
-        raise InvalidInput(f"{prefix!r} is not the beginning of an object key")
-    return prefix
 
 
 class MemoryObjects:
@@ -235,17 +212,10 @@ class DirectoryObjects:
         return True
 
     def size(self, key: str) -> int | None:
-        found = self.stat(key)
-        return None if found is None else found.bytes
+        return None if (found := self.stat(key)) is None else found.bytes
 
     def stat(self, key: str) -> Listed | None:
-        try:
-            found = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-        return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
+        return _listed(key, self._path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
@@ -255,19 +225,13 @@ class DirectoryObjects:
         return iter(sorted(key for key in keys if key.startswith(prefix)))
 
     def listed(self, prefix: str) -> Iterator[Listed]:
-        for key in self.list(prefix):
-            try:
-                found = (self.root / key).stat()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise Unavailable(f"cannot read {self.root / key}: {error}") from error
-            yield Listed(key, found.st_size, found.st_mtime)
+        found = (_listed(key, self.root / key) for key in self.list(prefix))
+        return (one for one in found if one is not None)
 
     def delete(self, key: str) -> None:
         try:
-            self._path(key).unlink()
-        except (FileNotFoundError, NotADirectoryError):
+            self._path(key).unlink(missing_ok=True)
+        except NotADirectoryError:
             return
         except OSError as error:
             raise Unavailable(f"cannot remove {self._path(key)}: {error}") from error
@@ -299,6 +263,16 @@ class DirectoryObjects:
         finally:
             with suppress(OSError):  # whatever kept it from being written also explains why it is not there
                 written.unlink(missing_ok=True)
+
+
+def _listed(key: str, path: Path) -> Listed | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error}") from error
+    return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
 
 
 class _Taken(Exception):

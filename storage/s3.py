@@ -28,7 +28,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
-from storage.objects import Listed, check_key
+from storage.keys import Listed, check_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 
 from storage.artifacts import ArtifactStore
 from storage.errors import Damaged, InvalidInput, Missing
+from storage.keys import Listed
 from storage.many import Report, each, silent
 from storage.needs import Needs
-from storage.objects import Listed
 from storage.pins import pins
 from storage.refs import KINDS, Ref, parse_ref, short
 from storage.roots import Journals, read_journals, refuse_damaged, updates_of

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from storage.artifacts import ArtifactStore
+from storage.keys import Listed
 from storage.many import Report, silent
 from storage.needs import Needs
-from storage.objects import Listed
 from storage.refs import KINDS, Ref
 from storage.roots import Journal, read_journals
 from storage.sweep import Wishes, mark
