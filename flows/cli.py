@@ -14,9 +14,12 @@ import typer
 
 from flows.codec_commands import codecs, compress
 from flows.export_command import export
+from flows.inspect_command import inspect
 from flows.line_commands import line_app
+from flows.line_fold import line_fold
 from flows.merge_command import merge
 from flows.room_commands import du, pin, pins, prune, unpin
+from flows.series_commands import series_app
 from flows.similarity_command import similarity
 from flows.table_command import table
 from flows.terminal import (
@@ -51,6 +54,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks codecs                     every way to write an update smaller
 
+  deltaworks inspect UPDATE             which of them fits an update
+
   deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
@@ -73,7 +78,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   DELTAWORKS_DEVICE    cpu or cuda
 
-  DELTAWORKS_THREADS   CPU threads of torch (1)
+  DELTAWORKS_THREADS   CPU threads of torch in training and evaluation (1)
 
   DELTAWORKS_WORKERS   tensors worked on at once (a core each, up to 16)
 
@@ -81,10 +86,13 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 """,
 )
 app.add_typer(line_app, name="line")
+app.add_typer(series_app, name="series")
+line_app.command("fold")(line_fold)
 app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
 app.command()(export)
+app.command()(inspect)
 app.command()(similarity)
 for _command in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command()(_command)
@@ -95,6 +103,13 @@ line_app.command("import")(line_import)
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset: demo, smoke ...")],
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"NAME KEY=VALUE ..."',
+            help="Write the updates by this codec instead of the config's, into lines of their own.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     memory: Memory = None,
@@ -105,11 +120,16 @@ def run(
     What was done before is not done again: after an interruption, or when tasks were added, run the same command.
 
     Examples:  deltaworks run demo        deltaworks run chains/support-models.yaml
+
+               deltaworks run demo --codec "rtn bits=2"
     """
     with errors_explained(verbose):
         from configs.chain import load_chain
+        from configs.codec_words import with_codec
 
         chosen = load_chain(config)  # before anything slow: a typo is answered at once
+        if codec is not None:
+            chosen = with_codec(chosen, codec)
         place = open_workplace(verbose, memory, workers)
         server = embedded_prefect(place)
         from flows.launch import launch  # imports prefect, which reads where its server is

@@ -165,6 +165,8 @@ def _usage_tables(found: Usage) -> Iterator[str | Table]:
     yield table("by kind", "kind", list(found.kinds.items()))
     if found.lines:
         yield table("by line", "line", list(found.lines.items()))
+    if found.series:
+        yield table("by series", "series", list(found.series.items()))
     updates = sorted(found.updates.items(), key=lambda one: -one[1].bytes)
     if updates:
         more = f", the largest {_SHOWN} of {len(updates)}" if len(updates) > _SHOWN else ""
@@ -181,7 +183,7 @@ def _usage_tables(found: Usage) -> Iterator[str | Table]:
 def _usage_json(found: Usage) -> dict[str, object]:
     shares = {
         group: {name: one.__dict__ for name, one in getattr(found, group).items()}
-        for group in ("kinds", "lines", "updates")
+        for group in ("kinds", "lines", "series", "updates")
     }
     return {**found.__dict__, **shares, "others": dict(found.others)}
 

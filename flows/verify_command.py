@@ -14,7 +14,7 @@ from flows.terminal import Quiet, console, errors, errors_explained, open_workpl
 if TYPE_CHECKING:
     from flows.workplace import Workplace
     from storage.refs import Ref
-    from storage.roots import Journal
+    from storage.roots import AnyJournal
     from storage.verify import Finding, Verdict
 
 
@@ -66,7 +66,9 @@ def verify(
             raise typer.Exit(1)
 
 
-def _chosen(place: Workplace, ref: str | None, line: str | None) -> tuple[list[Ref], Sequence[Journal], dict[str, str]]:
+def _chosen(
+    place: Workplace, ref: str | None, line: str | None
+) -> tuple[list[Ref], Sequence[AnyJournal], dict[str, str]]:
     """The refs and journals to check, and the journals that cannot be read."""
     from storage.roots import read_journal, read_journals
 
@@ -76,7 +78,7 @@ def _chosen(place: Workplace, ref: str | None, line: str | None) -> tuple[list[R
     if line is not None:
         return [], [read_journal(store.objects, line)], {}
     journals = read_journals(store.objects)
-    return list(store.refs()), journals.lines, journals.problems
+    return list(store.refs()), journals.all, journals.problems
 
 
 def _print(verdict: Verdict, findings: Sequence[Finding]) -> None:

@@ -28,7 +28,7 @@ from storage.manifest import canonical, decode_manifest, digest
 from storage.many import Report, silent
 from storage.needs import Needs, needed_by
 from storage.refs import KINDS, Ref, parse_ref, short
-from storage.roots import Journal, read_journal
+from storage.roots import LineJournal, read_journal
 from storage.tar import end, members_of, read_exactly, write_member
 from storage.transfer import put_checked
 
@@ -115,10 +115,10 @@ def import_line(file: Path, store: ArtifactStore, report: Report = silent, *, na
         raise Damaged(f"{file}: {error}", remedy=_REMEDY) from error
     except OSError as error:
         raise InvalidInput(f"cannot read {file}: {error.strerror}") from error
-    check_same_history(store.objects, called, found.entries)
+    check_same_history(store.objects, f"line/{called}", found.entries)
     for ref in needs.ordered(found.manifests):  # each after those it needs
         put_checked(store, ref, found.manifests[ref])
-    new = append_entries(store.objects, called, found.entries)
+    new = append_entries(store.objects, f"line/{called}", found.entries)
     return Carried(called, len(found.blobs), len(found.manifests), new, sum(size for _, size, _ in listed))
 
 
@@ -181,7 +181,7 @@ def _check(found: _Waiting, name: str, store: ArtifactStore) -> Needs:
     if not entries:
         raise Damaged("it has no journal")
     history_of(entries, name)
-    for ref in sorted(Journal(name, tuple(entries)).refs(states=False)):
+    for ref in sorted(LineJournal(name, tuple(entries)).refs(states=False)):
         if ref not in found.manifests and not store.has(ref):
             raise Damaged(f"its journal names {short(ref)}, which it lacks")
     return needs

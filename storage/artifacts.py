@@ -73,6 +73,11 @@ class Artifact:
         blob = self.record(name).onto
         return self.store.read_parts(blob, what=f"base of tensor {name!r} of {short(self.ref)}") if blob else None
 
+    def through(self, name: str) -> Iterator[Parts]:
+        """The parts of what lies between that tensor and the parts of `name` itself, in the order of decoding."""
+        for blob in self.record(name).through:
+            yield self.store.read_parts(blob, what=f"an earlier version of tensor {name!r} of {short(self.ref)}")
+
     def asset(self, name: str) -> bytes:
         try:
             blob = self.manifest.assets[name].blob
@@ -105,6 +110,7 @@ class Draft:
         onto: str | None = None,
         digest: str | None = None,
         error: float | None = None,
+        through: Sequence[str] = (),
     ) -> TensorRecord:
         """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord."""
         record = self._store.write_tensor(
@@ -118,6 +124,7 @@ class Draft:
             onto=onto,
             digest=digest,
             error=error,
+            through=through,
         )
         self.share(record)
         return record
@@ -209,11 +216,15 @@ class ArtifactStore:
         onto: str | None = None,
         digest: str | None = None,
         error: float | None = None,
+        through: Sequence[str] = (),
     ) -> TensorRecord:
         """Store one tensor's parts; the record lists them in a draft, here or wherever the manifest is written."""
         data = encode_parts(parts)
         blob = self.write_blob(data)
-        return TensorRecord(name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto, digest, error)
+        size = len(data)
+        return TensorRecord(
+            name, role, dtype, tuple(shape), blob, size, codec, rank, onto, digest, error, tuple(through)
+        )
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256.

@@ -16,7 +16,7 @@ from storage.errors import InvalidInput
 from storage.files import whole_file
 from storage.index import Row
 from storage.refs import Ref
-from storage.roots import Journal
+from storage.roots import LineJournal
 
 FORMS = (".parquet", ".csv")
 _TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -87,12 +87,12 @@ _SCORES = {
 }
 
 
-def artifacts(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
+def artifacts(rows: Mapping[Ref, Row], journals: Sequence[LineJournal]) -> pa.Table:
     """One row per artifact; lineage, settings and facts as JSON."""
     return _table(_ARTIFACTS, ({**_flat(row), "base": row["inputs"].get("base")} for row in rows.values()))
 
 
-def updates(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
+def updates(rows: Mapping[Ref, Row], journals: Sequence[LineJournal]) -> pa.Table:
     """One row per update: what it was made from, what it costs, what it lost, and the lines that have it now."""
     lines: dict[str, list[str]] = {}
     for journal in journals:
@@ -114,12 +114,12 @@ def updates(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
     )
 
 
-def entries(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
+def entries(rows: Mapping[Ref, Row], journals: Sequence[LineJournal]) -> pa.Table:
     """One row per entry of a line; of a rebuild one per update that it merged."""
     return _table(_ENTRIES, (row for journal in journals for row in _entry_rows(journal)))
 
 
-def scores(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
+def scores(rows: Mapping[Ref, Row], journals: Sequence[LineJournal]) -> pa.Table:
     """One row per score. `state` is what a model was merged as: entries of lines have the same."""
 
     def found() -> Iterator[dict[str, Any]]:
@@ -135,7 +135,7 @@ def scores(rows: Mapping[Ref, Row], journals: Sequence[Journal]) -> pa.Table:
     return _table(_SCORES, found())
 
 
-TABLES: dict[str, Callable[[Mapping[Ref, Row], Sequence[Journal]], pa.Table]] = {
+TABLES: dict[str, Callable[[Mapping[Ref, Row], Sequence[LineJournal]], pa.Table]] = {
     "artifacts": artifacts,
     "updates": updates,
     "entries": entries,
@@ -159,7 +159,7 @@ def check_form(file: Path) -> str:
     return file.suffix.lower()
 
 
-def _entry_rows(journal: Journal) -> Iterator[dict[str, Any]]:
+def _entry_rows(journal: LineJournal) -> Iterator[dict[str, Any]]:
     for entry in journal.entries:
         about = {
             "line": journal.name,

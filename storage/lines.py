@@ -1,31 +1,28 @@
-"""Lines: named streams of merges, kept as an append-only journal.
+"""Lines: named streams of merges, each kept as a journal (storage/journal.py).
 
-Entry n lives under `line/<name>/<n as eight digits>` and is created only if that key is free: creating it is the
-commit of a merge, and of two concurrent merges exactly one wins. The head is the newest entry. Nothing is ever
-changed or removed: going back is one more entry, and so is merging the updates again in another way. Entries, unlike
-manifests, carry the time: they record events.
+Creating an entry is the commit of a merge, and of two concurrent merges exactly one wins. The head is the newest
+entry. Going back is one more entry, and so is merging the updates again in another way. Entries, unlike manifests,
+carry the time: they record events.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from storage.errors import Conflict, Damaged, InvalidInput, Missing
-from storage.manifest import canonical
+from storage.errors import Conflict, Damaged, InvalidInput
+from storage.journal import Journal
 from storage.objects import ObjectStore
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 from storage.trust import check_entry
 
 Action = Literal["open", "fold", "rollback", "rebuild"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
-_NUMBER = re.compile(r"[0-9]{8}")
+_FOLDER = "line"
 _ACTIONS = get_args(Action)
 _COMPOSED = ("sparsify", "scaling")  # what a recipe has beside the settings of its merger
 
@@ -75,14 +72,12 @@ class Line:
     """The journal of one line."""
 
     def __init__(self, objects: ObjectStore, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise InvalidInput(f"{name!r} is not a line name", remedy="Use lower-case letters, digits, - and _")
-        self._objects = objects
+        self._journal = Journal(objects, _FOLDER, name)
         self.name = name
 
     @staticmethod
     def names(objects: ObjectStore) -> list[str]:
-        return sorted({key.split("/")[1] for key in objects.list("line/")})
+        return Journal.names(objects, _FOLDER)
 
     def entries(self) -> Iterator[Entry]:
         """All entries, oldest first."""
@@ -93,11 +88,10 @@ class Line:
 
     def head(self) -> Entry:
         """The newest entry."""
-        keys = list(self._objects.list(f"line/{self.name}/"))
-        newest = self._read(self._number(keys[-1])) if keys else None
+        number = self._journal.newest()
+        newest = None if number is None else self._read(number)
         if newest is None:
-            known = ", ".join(self.names(self._objects)) or "none yet"
-            raise Missing(f"there is no line {self.name!r} in {self._objects.url}", remedy=f"Lines here: {known}")
+            raise self._journal.absent()
         return newest
 
     def open(self, base: CheckpointRef, merger: Mapping[str, Any]) -> Entry:
@@ -172,23 +166,13 @@ class Line:
     def _append(self, entry: Entry) -> Entry | None:
         """The entry as it was written, with the time; None if its number is taken."""
         stamped = replace(entry, merger=dict(entry.merger), at=datetime.now(UTC).isoformat(timespec="seconds"))
-        return stamped if self._objects.create(self._key(entry.number), canonical(asdict(stamped))) else None
+        return stamped if self._journal.create(entry.number, asdict(stamped)) else None
 
     def _read(self, number: int) -> Entry | None:
-        try:
-            data = self._objects.get(self._key(number))
-        except Missing:
+        data = self._journal.read(number)
+        if data is None:
             return None
-        return decode_entry(data, number, self._key(number))
-
-    def _key(self, number: int) -> str:
-        return f"line/{self.name}/{number:08d}"
-
-    def _number(self, key: str) -> int:
-        number = key.rpartition("/")[2]
-        if not _NUMBER.fullmatch(number):
-            raise Damaged(f"{key} is not the key of a journal entry", remedy="Remove it: the journal does without it")
-        return int(number)
+        return decode_entry(data, number, self._journal.key(number))
 
 
 def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:

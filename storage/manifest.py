@@ -33,6 +33,8 @@ class TensorRecord:
     rank:   if set, the parts are the factors B [m, rank] and A [rank, n] of the tensor [m, n], each coded by `codec`
     onto:   if set, sha256 of the dense blob that the tensor is stated against: the decoded tensor is added to it, or,
             of lossless codecs, decoded from it
+    through: of lossless codecs, sha256 of the blobs between `onto` and `blob`, by the same codec: each is decoded from
+            what the one before it gave. So a tensor can be stated against one that is itself stated against another
     digest: if set, sha256 of the decoded tensor's bytes, checked whenever it is read
     error:  if set, what a lossy codec changed: the Frobenius norm of the difference over that of what was coded
     """
@@ -48,6 +50,7 @@ class TensorRecord:
     onto: str | None = None
     digest: str | None = None
     error: float | None = None
+    through: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         trust.check_name(self.name, "the name of a tensor")
@@ -60,6 +63,8 @@ class TensorRecord:
         for optional in ("onto", "digest"):
             if getattr(self, optional) is not None:
                 trust.check_digest(getattr(self, optional), f"{what}, {optional}")
+        for blob in self.through:
+            trust.check_digest(blob, f"{what}, through")
         if self.rank is not None:
             trust.check_count(self.rank, f"{what}, rank")
         if self.error is not None:
@@ -73,8 +78,12 @@ class TensorRecord:
         return count
 
     def as_json(self) -> dict[str, Any]:
-        found = {key: value for key, value in self.__dict__.items() if value is not None}
+        found = {key: value for key, value in self.__dict__.items() if value is not None and value != ()}
         return {**found, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> TensorRecord:
+        return cls(**{**found, "shape": tuple(found["shape"]), "through": tuple(found.get("through", ()))})
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ class Manifest:
     def blobs(self) -> set[str]:
         """Every blob that must be there for this artifact to be whole."""
         found = {record.blob for record in self.tensors} | {asset.blob for asset in self.assets.values()}
-        return found | {record.onto for record in self.tensors if record.onto}
+        found |= {record.onto for record in self.tensors if record.onto}
+        return found.union(*(record.through for record in self.tensors))
 
 
 def canonical(value: Any) -> bytes:
@@ -171,10 +181,13 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
     try:
         found = json.loads(data, parse_constant=_refuse)
         if found["format"] != FORMAT:
-            raise Damaged(f"{source} has format {found['format']!r}, this version reads {FORMAT!r}")
+            raise Damaged(
+                f"{source} has format {found['format']!r}, this version reads {FORMAT!r}",
+                remedy="Read it with the version of Deltaworks that wrote it",
+            )
         return Manifest(
             kind=found["kind"],
-            tensors=tuple(TensorRecord(**{**r, "shape": tuple(r["shape"])}) for r in found["tensors"]),
+            tensors=tuple(TensorRecord.from_json(one) for one in found["tensors"]),
             lineage=Lineage(**found["lineage"]),
             facts=found["facts"],
             assets={name: Asset(**asset) for name, asset in found["assets"].items()},

@@ -1,6 +1,6 @@
 """Needs: what an artifact cannot be used without. The one answer that verify, du, prune, copy and export share.
 
-An artifact needs its blobs: those of its tensors, those that tensors are stated onto, its assets. It needs the
+An artifact needs its blobs: those of its tensors, those that tensors are stated against, its assets. It needs the
 artifacts that its facts name: a joint merger's state is the list of its updates. Updates and states need the
 checkpoint that they are stated against, their base: without it nobody can make a model of them. The other inputs of a
 lineage are where an artifact came from; it can do without them.
@@ -35,7 +35,7 @@ class Needed:
 
 def needed_by(ref: Ref, manifest: Manifest) -> Needed:
     """What `manifest`, of the artifact `ref`, says that it needs."""
-    blobs = dict.fromkeys((record.onto for record in manifest.tensors if record.onto), 0)
+    blobs = dict.fromkeys(manifest.blobs(), 0)
     blobs |= {record.blob: record.bytes for record in manifest.tensors}
     tensors = frozenset(record.blob for record in manifest.tensors)
     blobs |= {asset.blob: asset.bytes for asset in manifest.assets.values()}

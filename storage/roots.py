@@ -1,21 +1,33 @@
-"""Roots: what people still want. The journals of the lines and what their entries name; pins are in pins.py."""
+"""Roots: what people still want. The journals of lines and series and what their entries name; pins are in pins.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from storage.errors import Damaged, InvalidInput
 from storage.lines import Entry, Line, history_of
 from storage.objects import ObjectStore
 from storage.refs import Ref
+from storage.series import Series, Version
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
-class Journal:
+class LineJournal:
     """One line's entries, and the number that the next one will get."""
 
     name: str
     entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def path(self) -> str:
+        return f"line/{self.name}"
 
     @property
     def head(self) -> Entry:
@@ -46,11 +58,43 @@ class Journal:
 
 
 @dataclass(frozen=True)
+class SeriesJournal:
+    """One series' versions, all of which are wanted."""
+
+    name: str
+    versions: tuple[Version, ...]
+
+    def __len__(self) -> int:
+        return len(self.versions)
+
+    @property
+    def path(self) -> str:
+        return f"series/{self.name}"
+
+    def named(self) -> dict[str, list[Ref]]:
+        return {f"series {self.name!r} version {one.number}": [one.checkpoint] for one in self.versions}
+
+    def states(self) -> set[Ref]:
+        return set()
+
+    def refs(self, *, states: bool) -> set[Ref]:
+        return {one.checkpoint for one in self.versions}
+
+
+AnyJournal = LineJournal | SeriesJournal
+
+
+@dataclass(frozen=True)
 class Journals:
     """All journals of a store; `problems` are those that cannot be read: key -> what is wrong."""
 
-    lines: tuple[Journal, ...]
+    lines: tuple[LineJournal, ...]
+    series: tuple[SeriesJournal, ...] = ()
     problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all(self) -> tuple[AnyJournal, ...]:
+        return (*self.lines, *self.series)
 
 
 def updates_of(entry: Entry) -> list[Ref]:
@@ -61,31 +105,55 @@ def states_of(entry: Entry) -> list[Ref]:
     return list(dict.fromkeys(one for one in (entry.state, *(fold.state for fold in entry.folds)) if one))
 
 
-def read_journal(objects: ObjectStore, name: str) -> Journal:
+def read_journal(objects: ObjectStore, name: str) -> LineJournal:
     """The journal of a line, as one that can be trusted: no entry is lacking, every entry is what it should be."""
     line = Line(objects, name)
     newest = line.head().number  # first: entries that come while they are read do no harm
     entries = tuple(line.entries())
-    if len(entries) <= newest:
-        raise Damaged(
-            f"line/{name}/{len(entries):08d} is not in {objects.url}, but later entries are",
-            remedy="Restore it from a copy of the store",
-        )
+    _refuse_gap(objects, f"line/{name}", len(entries), newest)
     history_of(entries, name)  # says so if an entry goes back to what was never made
-    return Journal(name, entries)
+    return LineJournal(name, entries)
+
+
+def read_series(objects: ObjectStore, name: str) -> SeriesJournal:
+    """The same of a series."""
+    series = Series(objects, name)
+    newest = series.head().number
+    versions = tuple(series.versions())
+    _refuse_gap(objects, f"series/{name}", len(versions), newest)
+    return SeriesJournal(name, versions)
 
 
 def read_journals(objects: ObjectStore) -> Journals:
-    lines, problems = [], {}
-    for name in Line.names(objects):
+    problems: dict[str, str] = {}
+    lines = _readable(objects, "line", Line.names(objects), read_journal, problems)
+    series = _readable(objects, "series", Series.names(objects), read_series, problems)
+    return Journals(tuple(lines), tuple(series), problems)
+
+
+def _readable(
+    objects: ObjectStore,
+    folder: str,
+    names: list[str],
+    read: Callable[[ObjectStore, str], Read],
+    problems: dict[str, str],
+) -> Iterator[Read]:
+    for name in names:
         try:
-            lines.append(read_journal(objects, name))
+            yield read(objects, name)
         except (Damaged, InvalidInput) as error:
-            problems[f"line/{name}"] = str(error)
-    return Journals(tuple(lines), problems)
+            problems[f"{folder}/{name}"] = str(error)
+
+
+def _refuse_gap(objects: ObjectStore, path: str, count: int, newest: int) -> None:
+    if count <= newest:
+        raise Damaged(
+            f"{path}/{count:08d} is not in {objects.url}, but later entries are",
+            remedy="Restore it from a copy of the store",
+        )
 
 
 def refuse_damaged(journals: Journals, what: str) -> None:
-    """`what` must not go on while nobody can tell what a line needs."""
+    """`what` must not go on while nobody can tell what a line or series needs."""
     for key, problem in journals.problems.items():
         raise Damaged(f"{what} stops, because {key} cannot be read: {problem}")

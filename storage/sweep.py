@@ -1,7 +1,8 @@
 """Sweep: what nobody wants any more is found, and removed. Mark and sweep, for a store that others write to meanwhile.
 
-Wanted are: every base and update that an entry of a line names, what these updates came from, and the states; what
-registered models name; pins; all scores, which are results and small; and whatever any of these needs.
+Wanted are: every base and update that an entry of a line names, what these updates came from, and the states; every
+version of a series; what registered models name; pins; all scores, which are results and small; and whatever any of
+these needs.
 
 Others may be at work. Nothing younger than the grace period is removed, nor what it needs. A blob that is written again
 is written anew if it is older than a day, and a step that is found done renews its memo, so that what is in use is
@@ -185,7 +186,7 @@ def _remove(store: ArtifactStore, listed: Listed) -> bool:
 def _wanted(there: _Store, store: ArtifactStore, wishes: Wishes) -> set[Ref]:
     """The roots: what is kept for its own sake."""
     found: set[Ref] = set(wishes.registered & there.manifests.keys())  # they may be of other stores, too
-    for journal in there.journals.lines:
+    for journal in there.journals.all:
         found |= journal.refs(states=False)
         if wishes.states:
             found |= journal.states() & there.manifests.keys()

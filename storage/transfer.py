@@ -49,13 +49,13 @@ def copy(refs: Iterable[Ref], source: ArtifactStore, target: ArtifactStore, repo
 
 
 def mirror(source: ArtifactStore, target: ArtifactStore, report: Report = silent) -> Sent:
-    """All artifacts, pins, memos and journals. Conflict, before anything is written, if a line has another history in
-    `target`. What is damaged is left out, with all that needs it."""
+    """All artifacts, pins, memos and journals. Conflict, before anything is written, if a journal has another history
+    in `target`. What is damaged is left out, with all that needs it."""
     found = read_journals(source.objects)
     refuse_damaged(found, "the mirror")
-    journals = [(one, read_entries(source.objects, one.name, len(one.entries))) for one in found.lines]
+    journals = [(one, read_entries(source.objects, one.path, len(one))) for one in found.all]
     for journal, raw in journals:
-        check_same_history(target.objects, journal.name, raw)
+        check_same_history(target.objects, journal.path, raw)
     needs = Needs(source)
     refs = set(source.refs())
     closure = needs.closure(refs)
@@ -67,9 +67,9 @@ def mirror(source: ArtifactStore, target: ArtifactStore, report: Report = silent
     for journal, raw in journals:
         lacking = sorted(journal.refs(states=False) & bad)
         if lacking:
-            failed[f"line/{journal.name}"] = f"it needs {short(lacking[0])}, which was left out"
+            failed[journal.path] = f"it needs {short(lacking[0])}, which was left out"
         else:
-            entries += append_entries(target.objects, journal.name, raw)
+            entries += append_entries(target.objects, journal.path, raw)
     return replace(sent, objects=sent.objects + extra, entries=entries, left_out=tuple(sorted(failed.items())))
 
 

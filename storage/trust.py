@@ -112,6 +112,15 @@ def check_entry(entry: Any, number: int, what: str) -> None:
         raise InvalidInput(f"{what}: a fold lacks its update or its state")
 
 
+def check_version(version: Any, number: int, what: str) -> None:
+    """A version of a series that was read under `number`."""
+    if version.number != number or isinstance(version.number, bool):
+        raise InvalidInput(f"{what}: says that it is version {_shown(version.number)}")
+    check_ref(version.checkpoint, "checkpoint", f"{what}, checkpoint")
+    check_count(version.since_anchor, f"{what}, since_anchor")
+    check_name(version.at, f"{what}, at")
+
+
 def _shown(value: Any) -> str:
     """Enough of a value to recognise it, and nothing that a terminal could take for a command."""
     text = ascii(value if not isinstance(value, str) else value[:60])

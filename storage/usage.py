@@ -10,7 +10,7 @@ from storage.keys import Listed
 from storage.many import Report, silent
 from storage.needs import Needs
 from storage.refs import KINDS, Ref
-from storage.roots import Journal, read_journals
+from storage.roots import AnyJournal, read_journals
 from storage.sweep import Wishes, mark
 
 
@@ -35,6 +35,7 @@ class Usage:
     shared: int
     kinds: Mapping[str, Share]
     lines: Mapping[str, Share]
+    series: Mapping[str, Share]
     updates: Mapping[Ref, Share]
     others: Mapping[str, int]
     unneeded_objects: int
@@ -52,7 +53,7 @@ def usage(
     needs.closure(refs, report=report)
     there = [ref for ref in refs if ref in needs.known]
     count = _Count(needs, objects, there)
-    journals = read_journals(store.objects).lines
+    journals = read_journals(store.objects)
     loose = mark(store, Wishes(grace=0, registered=registered), needs=needs, now=now)
     apart = sum(count.size({ref}) for ref in there)
     return Usage(
@@ -61,7 +62,8 @@ def usage(
         apart=apart,
         shared=apart - count.size(there),
         kinds={kind: count.share([ref for ref in there if ref.startswith(f"{kind}/")]) for kind in KINDS},
-        lines={one.name: count.share(_of_line(needs, one, objects)) for one in journals},
+        lines={one.name: count.share(_of_journal(needs, one, objects)) for one in journals.lines},
+        series={one.name: count.share(_of_journal(needs, one, objects)) for one in journals.series},
         updates={ref: count.share([ref]) for ref in there if ref.startswith("update/")},
         others=_others(objects),
         unneeded_objects=len(loose),
@@ -98,8 +100,8 @@ class _Count:
         return [ref, *(f"blob/{blob}" for blob in self._needs.of(ref).blobs)]
 
 
-def _of_line(needs: Needs, journal: Journal, objects: Mapping[str, Listed]) -> set[Ref]:
-    """What a line is made of, older states included as far as they are there."""
+def _of_journal(needs: Needs, journal: AnyJournal, objects: Mapping[str, Listed]) -> set[Ref]:
+    """What a line or series is made of, older states included as far as they are there."""
     found = needs.closure(journal.refs(states=False))
     found |= needs.closure(ref for ref in journal.states() if ref in objects)
     return {ref for ref in found if ref in needs.known}

@@ -12,7 +12,7 @@ from storage.manifest import digest
 from storage.many import Report, each, silent
 from storage.needs import Needs, Users
 from storage.refs import KINDS, Ref, parse_ref, short
-from storage.roots import Journal, read_journals
+from storage.roots import AnyJournal, read_journals
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def verify(
     refs: Iterable[Ref],
     report: Report = silent,
     *,
-    journals: Sequence[Journal] = (),
+    journals: Sequence[AnyJournal] = (),
     checked: Checked | None = None,
     needs: Needs | None = None,
 ) -> Verdict:
@@ -82,7 +82,7 @@ def verify_and_repair(
     source: ArtifactStore,
     report: Report = silent,
     *,
-    journals: Sequence[Journal] = (),
+    journals: Sequence[AnyJournal] = (),
     checked: Checked | None = None,
 ) -> Verdict:
     """Verify, fetch from `source` what is damaged or missing, and verify what that brought to light, until nothing
@@ -120,7 +120,7 @@ def verify_lines(store: ArtifactStore) -> list[Finding]:
     """Journals that cannot be read, or whose entries name artifacts that are not there and cannot be made again."""
     journals = read_journals(store.objects)
     missing: dict[Ref, list[str]] = {}
-    for journal in journals.lines:
+    for journal in journals.all:
         for name, refs in journal.named().items():
             for ref in dict.fromkeys(refs):
                 if ref in missing or not store.has(ref):
@@ -135,7 +135,7 @@ def damaged_journals(problems: Mapping[str, str]) -> tuple[Finding, ...]:
 
 
 def _older_states(
-    store: ArtifactStore, journals: Sequence[Journal], wanted: set[Ref]
+    store: ArtifactStore, journals: Sequence[AnyJournal], wanted: set[Ref]
 ) -> tuple[set[Ref], list[Finding]]:
     """States that only older entries name: those that are there, and those that are not."""
     by: dict[Ref, set[str]] = {}
@@ -159,4 +159,5 @@ def _shown(user: str) -> str:
 
 
 def _line_of(key: str) -> str:
-    return f"line {key.partition('/')[2]!r}"
+    folder, _, name = key.partition("/")
+    return f"{folder} {name!r}"

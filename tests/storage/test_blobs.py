@@ -81,6 +81,9 @@ def attacked(**changes: object) -> bytes:
         attacked(data_offsets=[4, 12]),
         attacked(data_offsets=[0]),
         attacked(shape=[2**62, 2**62]),
+        attacked(shape=[1e999]),
+        attacked(shape=[0, 2**70], data_offsets=[0, 0]),
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
     ],
 )
 def test_broken_files_are_damaged(data: bytes) -> None:

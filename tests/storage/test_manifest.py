@@ -150,6 +150,13 @@ def test_what_is_no_json_object_is_damaged(data: bytes) -> None:
         decode_manifest(data, source="update/12345")
 
 
+def test_a_format_from_the_future_is_named() -> None:
+    with pytest.raises(
+        Damaged, match=r"update/12345 has format 'deltaworks/2', .* reads 'deltaworks/1'\. Read it with"
+    ):
+        decode_manifest(canonical({**GOOD, "format": "deltaworks/2"}), source="update/12345")
+
+
 class TestGolden:
     """A format is a promise: this store was written by version 1 and has not been touched since."""
 
