@@ -23,8 +23,9 @@ class Settings:
     store:    address of the artifact store, file:///... or s3://...      DELTAWORKS_STORE       <home>/store
     tracking: MLflow tracking address                                     MLFLOW_TRACKING_URI    sqlite in <home>
     device:   cpu, cuda, cuda:1 ...                                       DELTAWORKS_DEVICE      cuda if there
-    threads:  of torch on the CPU; 1 is fastest for small models, and     DELTAWORKS_THREADS     1
-              results are bit-identical only between equal numbers
+    threads:  of torch on the CPU, in training and evaluation; 1 is       DELTAWORKS_THREADS     1
+              fastest for small models, and trainings are bit-identical
+              only between equal numbers
     budget:   how many tensors are worked on at once (results do not      DELTAWORKS_WORKERS     cores, up to 16
               depend on it), and the memory they may take together        DELTAWORKS_MEMORY      4GiB
     cache:    folder for copies of what is read from an s3:// store,      DELTAWORKS_CACHE       none

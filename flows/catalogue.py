@@ -18,7 +18,6 @@ from rich.table import Table
 from storage.errors import InvalidInput
 from tasks.codecs import CODECS
 from tasks.mergers import MERGERS, Joint
-from tasks.recipe import Recipe
 from tasks.scalings import SCALINGS
 from tasks.sparsifiers import SPARSIFIERS
 
@@ -96,7 +95,7 @@ def about(name: str, width: int, families: Families = MERGING) -> Iterator[str |
         for one in settings:
             table.add_row(one.name, escape(_default(one)), escape(_type(hints[one.name])))
         yield table
-    for line in _company(role, kind):
+    for line in _company(role):
         yield escape(textwrap.fill(line, min(width, _WIDE), subsequent_indent="  "))
     example = ", ".join([f"name: {name}", *(f"{one.name}: {_default(one)}" for one in settings[:1])])
     yield f"\nin a config:     {role}: {{{example}}}"
@@ -117,32 +116,12 @@ def _nature(role: str, kind: Any) -> str:
     return f"{nature}, {source}\nstate per parameter: {kind.state_size}; {weights}; needs no data"
 
 
-def _company(role: str, kind: Any) -> Iterator[str]:
-    """What a choice can be put together with, asked of the recipe itself."""
-    if role == "codec":
-        return
+def _company(role: str) -> Iterator[str]:
+    """What a choice can be put together with: in a recipe everything goes with everything."""
     if role == "merger":
-        for key, family in (("sparsify", SPARSIFIERS), ("scaling", SCALINGS)):
-            yield _together(f"goes with {key}", {one: _refusal(kind, {key: made}) for one, made in family.items()})
-    else:
-        yield _together("goes with mergers", {one: _refusal(merger, {role: kind}) for one, merger in MERGERS.items()})
-
-
-def _together(label: str, refusals: Mapping[str, str]) -> str:
-    fits = [name for name, refusal in refusals.items() if not refusal]
-    found = f"{label}: {', '.join(fits) or 'none'}"
-    misfits = [name for name, refusal in refusals.items() if refusal]
-    if misfits:
-        found += f"; not at their defaults with {', '.join(misfits)}: {refusals[misfits[0]]}"
-    return found
-
-
-def _refusal(merger: Any, others: Mapping[str, Any]) -> str:
-    try:
-        Recipe(merger(), **{key: kind() for key, kind in others.items()})
-    except InvalidInput as error:
-        return str(error).removesuffix(error.remedy).rstrip(". ")
-    return ""
+        yield from (f"goes with {key}: {', '.join(MERGING[key])}" for key in ("sparsify", "scaling"))
+    elif role in MERGING:
+        yield f"goes with mergers: {', '.join(MERGERS)}"
 
 
 def _summary(kind: Any) -> str:
@@ -161,10 +140,8 @@ def _source(kind: Any) -> str:
 
 
 def _state(kind: Any) -> str:
-    size = str(kind.state_size)
-    if ":" in size or " " not in size:
-        return size.partition(":")[0]
-    return f"{size.partition(' ')[0]} ..."  # the whole of it is among the settings
+    """How large the state is, without what explains it: that is among the settings."""
+    return re.split("[:;]", str(kind.state_size), maxsplit=1)[0]
 
 
 def _type(hint: Any) -> str:

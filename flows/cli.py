@@ -14,10 +14,15 @@ import typer
 
 from flows.codec_commands import codecs, compress
 from flows.export_command import export
+from flows.inspect_command import inspect
 from flows.line_commands import line_app
+from flows.line_fold import line_fold
 from flows.merge_command import merge
+from flows.room_commands import du, pin, pins, prune, unpin
+from flows.series_commands import series_app
 from flows.similarity_command import similarity
 from flows.store_command import store_app
+from flows.table_command import table
 from flows.terminal import (
     Memory,
     Quiet,
@@ -25,10 +30,11 @@ from flows.terminal import (
     Workers,
     console,
     embedded_prefect,
-    errors,
     errors_explained,
     open_workplace,
 )
+from flows.transfer_commands import copy, line_export, line_import, mirror
+from flows.verify_command import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,11 +55,17 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks codecs                     every way to write an update smaller
 
+  deltaworks inspect UPDATE             which of them fits an update
+
   deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
 
   deltaworks ui                         versions in MLflow, runs in Prefect
+
+  deltaworks du                         what takes the room; prune removes what nothing needs
+
+  deltaworks mirror s3://backup/store   a whole store beside another; verify --repair-from takes from it
 
 [bold]Where things are[/] (environment; a local .deltaworks folder if none is set)
 
@@ -69,7 +81,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   DELTAWORKS_DEVICE    cpu or cuda
 
-  DELTAWORKS_THREADS   CPU threads of torch (1)
+  DELTAWORKS_THREADS   CPU threads of torch in training and evaluation (1)
 
   DELTAWORKS_WORKERS   tensors worked on at once (a core each, up to 16)
 
@@ -78,16 +90,30 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 )
 app.add_typer(line_app, name="line")
 app.add_typer(store_app, name="store")
+app.add_typer(series_app, name="series")
+line_app.command("fold")(line_fold)
 app.command()(merge)
 app.command()(codecs)
 app.command()(compress)
 app.command()(export)
+app.command()(inspect)
 app.command()(similarity)
+for _command in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
+    app.command()(_command)
+line_app.command("export")(line_export)
+line_app.command("import")(line_import)
 
 
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset: demo, smoke ...")],
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"NAME KEY=VALUE ..."',
+            help="Write the updates by this codec instead of the config's, into lines of their own.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     memory: Memory = None,
@@ -98,11 +124,16 @@ def run(
     What was done before is not done again: after an interruption, or when tasks were added, run the same command.
 
     Examples:  deltaworks run demo        deltaworks run chains/support-models.yaml
+
+               deltaworks run demo --codec "rtn bits=2"
     """
     with errors_explained(verbose):
         from configs.chain import load_chain
+        from configs.codec_words import with_codec
 
         chosen = load_chain(config)  # before anything slow: a typo is answered at once
+        if codec is not None:
+            chosen = with_codec(chosen, codec)
         place = open_workplace(verbose, memory, workers)
         server = embedded_prefect(place)
         from flows.launch import launch  # imports prefect, which reads where its server is
@@ -133,34 +164,6 @@ def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one
         store = open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
             console.print(part)
-
-
-@app.command()
-def verify(
-    ref: Annotated[str | None, typer.Argument(help="A ref, or the beginning of one.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything in the store.")] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Read stored bytes and hold them against the digests that name them. Exit code 1 if anything is wrong."""
-    with errors_explained():
-        if (ref is None) == (not everything):
-            raise typer.BadParameter("give either a ref or --all")
-        place = open_workplace()
-        from flows.board import bar
-        from storage.verify import verify as check
-        from storage.verify import verify_lines
-
-        refs = list(place.store.refs()) if ref is None else [place.store.resolve(ref)]
-        with bar(console, "checking blobs", quiet) as report:
-            verdict = check(place.store, refs, report)
-        findings = [*verdict.findings, *(verify_lines(place.store) if everything else [])]
-        for finding in findings:
-            errors.print(f"[red]bad[/]  {finding.object}\n     {finding.problem}")
-            errors.print(f"     needed by {', '.join(finding.needed_by)}")
-        counted = f"{verdict.artifacts} artifacts, {verdict.blobs} blobs, {verdict.bytes / 1e6:.1f} MB"
-        console.print(f"{counted}: {'all as named' if not findings else f'{len(findings)} bad'}")
-        if findings:
-            raise typer.Exit(1)
 
 
 @app.command()

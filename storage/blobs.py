@@ -61,7 +61,7 @@ def decode_parts(data: memoryview, *, what: str) -> Parts:
             raise ValueError(f"its header would end at {start:,} of {len(data):,} bytes")
         header = json.loads(bytes(data[8:start]))
         return {key: _part(data, start, one) for key, one in header.items() if key != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise Damaged(f"{what} is not a safetensors file: {error}") from error
 
 

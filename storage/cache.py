@@ -20,6 +20,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from storage.errors import InvalidInput
+from storage.keys import Listed
 from storage.objects import ObjectStore
 from storage.streams import Bytes
 
@@ -78,8 +79,21 @@ class CachedObjects:
     def size(self, key: str) -> int | None:
         return self.below.size(key)
 
+    def stat(self, key: str) -> Listed | None:
+        return self.below.stat(key)
+
     def list(self, prefix: str) -> Iterator[str]:
         return self.below.list(prefix)
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        return self.below.listed(prefix)
+
+    def delete(self, key: str) -> None:
+        """In the store and here: what was removed must not be read any more."""
+        self.below.delete(key)
+        if match := _WRITTEN_ONCE.fullmatch(key):
+            with suppress(OSError):
+                self._path(match[2]).unlink(missing_ok=True)
 
     def _copy(self, key: str) -> memoryview | None:
         """The copy as a private memory map, if there is one and it is what its name says."""

@@ -1,29 +1,28 @@
-"""Lines: named streams of merges, kept as an append-only journal.
+"""Lines: named streams of merges, each kept as a journal (storage/journal.py).
 
-Entry n lives under `line/<name>/<n as eight digits>` and is created only if that key is free: creating it is the
-commit of a merge, and of two concurrent merges exactly one wins. The head is the newest entry. Nothing is ever
-changed or removed: going back is one more entry, and so is merging the updates again in another way. Entries, unlike
-manifests, carry the time: they record events.
+Creating an entry is the commit of a merge, and of two concurrent merges exactly one wins. The head is the newest
+entry. Going back is one more entry, and so is merging the updates again in another way. Entries, unlike manifests,
+carry the time: they record events.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from storage.errors import Conflict, Damaged, InvalidInput, Missing
-from storage.manifest import canonical
+from storage.errors import Conflict, Damaged, InvalidInput
+from storage.journal import Journal
 from storage.objects import ObjectStore
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
+from storage.trust import check_entry
 
 Action = Literal["open", "fold", "rollback", "rebuild"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+_FOLDER = "line"
 _ACTIONS = get_args(Action)
 _COMPOSED = ("sparsify", "scaling")  # what a recipe has beside the settings of its merger
 
@@ -73,14 +72,12 @@ class Line:
     """The journal of one line."""
 
     def __init__(self, objects: ObjectStore, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise InvalidInput(f"{name!r} is not a line name", remedy="Use lower-case letters, digits, - and _")
-        self._objects = objects
+        self._journal = Journal(objects, _FOLDER, name)
         self.name = name
 
     @staticmethod
     def names(objects: ObjectStore) -> list[str]:
-        return sorted({key.split("/")[1] for key in objects.list("line/")})
+        return Journal.names(objects, _FOLDER)
 
     def entries(self) -> Iterator[Entry]:
         """All entries, oldest first."""
@@ -91,11 +88,10 @@ class Line:
 
     def head(self) -> Entry:
         """The newest entry."""
-        keys = list(self._objects.list(f"line/{self.name}/"))
-        newest = self._read(int(keys[-1].rpartition("/")[2])) if keys else None
+        number = self._journal.newest()
+        newest = None if number is None else self._read(number)
         if newest is None:
-            known = ", ".join(self.names(self._objects)) or "none yet"
-            raise Missing(f"there is no line {self.name!r} in {self._objects.url}", remedy=f"Lines here: {known}")
+            raise self._journal.absent()
         return newest
 
     def open(self, base: CheckpointRef, merger: Mapping[str, Any]) -> Entry:
@@ -150,32 +146,9 @@ class Line:
         rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
         return self._commit(replace(rebuilt, why=why, weight=last.weight, factor=last.factor, folds=tuple(folds)))
 
-    def history(self) -> list[Entry]:
-        """The folds that made the head's state, oldest first: the journal with what was taken back left out.
-
-        What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
-        there before: they keep the entry that made them. A state may have been committed with several factors; what a
-        rollback goes back to has the factor that the rollback names.
-        """
-        kept: list[Entry] = []
-        # a rollback may also go back to what was rolled back
-        made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
-        for entry in self.entries():
-            if entry.action == "fold":
-                kept = made[entry.state, entry.factor] = [*kept, entry]
-            elif entry.action == "rebuild":
-                kept = []
-                for one in _replayed(entry):
-                    known = made.get((one.state, one.factor), [])
-                    same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
-                    kept = made[one.state, one.factor] = known if same else [*kept, one]
-            elif entry.action == "rollback":
-                if (entry.state, entry.factor) not in made:
-                    raise Damaged(
-                        f"{self._key(entry.number)} goes back to {entry.state}, which no entry before it made"
-                    )
-                kept = made[entry.state, entry.factor]
-        return kept
+    def history(self, until: int | None = None) -> list[Entry]:
+        """The folds that made the head's state, or that of the older entry `until`, oldest first."""
+        return history_of((one for one in self.entries() if until is None or one.number <= until), self.name)
 
     def _commit(self, entry: Entry) -> Entry:
         stamped = self._append(entry)
@@ -193,25 +166,56 @@ class Line:
     def _append(self, entry: Entry) -> Entry | None:
         """The entry as it was written, with the time; None if its number is taken."""
         stamped = replace(entry, merger=dict(entry.merger), at=datetime.now(UTC).isoformat(timespec="seconds"))
-        return stamped if self._objects.create(self._key(entry.number), canonical(asdict(stamped))) else None
+        return stamped if self._journal.create(entry.number, asdict(stamped)) else None
 
     def _read(self, number: int) -> Entry | None:
-        try:
-            data = self._objects.get(self._key(number))
-        except Missing:
+        data = self._journal.read(number)
+        if data is None:
             return None
-        try:
-            values = json.loads(data)
-            folds = tuple(Fold(**one) for one in values.get("folds", ()))
-            found = Entry(**{**values, "folds": folds})  # entries of earlier versions lack the last three
-        except (ValueError, TypeError, AttributeError) as error:
-            raise Damaged(f"{self._key(number)} is not a journal entry: {error}") from error
-        if found.action not in _ACTIONS:
-            raise Damaged(f"{self._key(number)} holds the action {found.action!r}, which this version does not know")
-        return found
+        return decode_entry(data, number, self._journal.key(number))
 
-    def _key(self, number: int) -> str:
-        return f"line/{self.name}/{number:08d}"
+
+def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:
+    """The folds that made the state of the last of `entries`, oldest first: the journal with what was taken back left
+    out.
+
+    What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
+    there before: they keep the entry that made them. A state may have been committed with several factors; what a
+    rollback goes back to has the factor that the rollback names.
+    """
+    kept: list[Entry] = []
+    # a rollback may also go back to what was rolled back
+    made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
+    for entry in entries:
+        if entry.action == "fold":
+            kept = made[entry.state, entry.factor] = [*kept, entry]
+        elif entry.action == "rebuild":
+            kept = []
+            for one in _replayed(entry):
+                known = made.get((one.state, one.factor), [])
+                same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
+                kept = made[one.state, one.factor] = known if same else [*kept, one]
+        elif entry.action == "rollback":
+            if (entry.state, entry.factor) not in made:
+                raise Damaged(
+                    f"line/{name}/{entry.number:08d} goes back to {entry.state}, which no entry before it made"
+                )
+            kept = made[entry.state, entry.factor]
+    return kept
+
+
+def decode_entry(data: bytes, number: int, source: str) -> Entry:
+    """The entry in these bytes, which `source` holds. Entries of earlier versions lack the last three fields."""
+    try:
+        values = json.loads(data)
+        folds = tuple(Fold(**one) for one in values.get("folds", ()))
+        found = Entry(**{**values, "folds": folds})
+        if found.action not in _ACTIONS:
+            raise Damaged(f"{source} holds the action {found.action!r}, which this version does not know")
+        check_entry(found, number, source)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{source} is not a journal entry: {error}") from error
+    return found
 
 
 def rebuild_options(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

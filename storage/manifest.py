@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from storage import trust
 from storage.errors import Damaged, InvalidInput
 
 FORMAT = "deltaworks/1"
@@ -32,6 +33,8 @@ class TensorRecord:
     rank:   if set, the parts are the factors B [m, rank] and A [rank, n] of the tensor [m, n], each coded by `codec`
     onto:   if set, sha256 of the dense blob that the tensor is stated against: the decoded tensor is added to it, or,
             of lossless codecs, decoded from it
+    through: of lossless codecs, sha256 of the blobs between `onto` and `blob`, by the same codec: each is decoded from
+            what the one before it gave. So a tensor can be stated against one that is itself stated against another
     digest: if set, sha256 of the decoded tensor's bytes, checked whenever it is read
     error:  if set, what a lossy codec changed: the Frobenius norm of the difference over that of what was coded
     """
@@ -47,6 +50,25 @@ class TensorRecord:
     onto: str | None = None
     digest: str | None = None
     error: float | None = None
+    through: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        trust.check_name(self.name, "the name of a tensor")
+        what = f"tensor {self.name!r}"
+        for field_ in ("role", "dtype", "codec"):
+            trust.check_name(getattr(self, field_), f"{what}, {field_}")
+        trust.check_shape(self.shape, f"{what}, shape")
+        trust.check_count(self.bytes, f"{what}, bytes")
+        trust.check_digest(self.blob, f"{what}, blob")
+        for optional in ("onto", "digest"):
+            if getattr(self, optional) is not None:
+                trust.check_digest(getattr(self, optional), f"{what}, {optional}")
+        for blob in self.through:
+            trust.check_digest(blob, f"{what}, through")
+        if self.rank is not None:
+            trust.check_count(self.rank, f"{what}, rank")
+        if self.error is not None:
+            trust.check_number(self.error, f"{what}, error")
 
     @property
     def elements(self) -> int:
@@ -56,8 +78,12 @@ class TensorRecord:
         return count
 
     def as_json(self) -> dict[str, Any]:
-        found = {key: value for key, value in self.__dict__.items() if value is not None}
+        found = {key: value for key, value in self.__dict__.items() if value is not None and value != ()}
         return {**found, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> TensorRecord:
+        return cls(**{**found, "shape": tuple(found["shape"]), "through": tuple(found.get("through", ()))})
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,10 @@ class Asset:
     blob: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        trust.check_digest(self.blob, "the blob of an asset")
+        trust.check_count(self.bytes, "the bytes of an asset")
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -75,6 +105,11 @@ class Lineage:
     step: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        trust.check_name(self.step, "the step of a lineage")
+        trust.check_inputs(self.inputs, "the inputs of a lineage")
+        trust.check_mapping(self.spec, "the spec of a lineage")
 
 
 @dataclass(frozen=True)
@@ -88,6 +123,9 @@ class Manifest:
     assets: Mapping[str, Asset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        trust.check_mapping(self.facts, "facts")
+        for name in self.assets:
+            trust.check_file_name(name, "the name of an asset")
         names = [record.name for record in self.tensors]
         if names != sorted(set(names)):
             raise InvalidInput(f"the tensors of a {self.kind} must be sorted by name, each once")
@@ -105,7 +143,8 @@ class Manifest:
     def blobs(self) -> set[str]:
         """Every blob that must be there for this artifact to be whole."""
         found = {record.blob for record in self.tensors} | {asset.blob for asset in self.assets.values()}
-        return found | {record.onto for record in self.tensors if record.onto}
+        found |= {record.onto for record in self.tensors if record.onto}
+        return found.union(*(record.through for record in self.tensors))
 
 
 def canonical(value: Any) -> bytes:
@@ -140,15 +179,25 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, *, source: str) -> Manifest:
     """The inverse of `encode_manifest`. `source` names the object in errors."""
     try:
-        found = json.loads(data)
+        found = json.loads(data, parse_constant=_refuse)
         if found["format"] != FORMAT:
-            raise Damaged(f"{source} has format {found['format']!r}, this version reads {FORMAT!r}")
+            raise Damaged(
+                f"{source} has format {found['format']!r}, this version reads {FORMAT!r}",
+                remedy="Read it with the version of Deltaworks that wrote it",
+            )
         return Manifest(
             kind=found["kind"],
-            tensors=tuple(TensorRecord(**{**r, "shape": tuple(r["shape"])}) for r in found["tensors"]),
+            tensors=tuple(TensorRecord.from_json(one) for one in found["tensors"]),
             lineage=Lineage(**found["lineage"]),
             facts=found["facts"],
             assets={name: Asset(**asset) for name, asset in found["assets"].items()},
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, InvalidInput) as error:
-        raise Damaged(f"{source} is not a manifest: {error!r}", remedy="Restore it from a copy of the store") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # also InvalidInput
+        said = ascii(str(error))[1:-1][:300]
+        raise Damaged(
+            f"{source} is not a manifest: {type(error).__name__}: {said}", remedy="Restore it from a copy of the store"
+        ) from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that a manifest may hold")

@@ -9,19 +9,18 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
-import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 from uuid import uuid4
 
-from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
+from storage.errors import Missing, StoreFull, Unavailable
+from storage.keys import Listed, check_key, check_prefix
 from storage.streams import PIECE, Bytes, exactly
-
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
 
 
 class ObjectStore(Protocol):
@@ -68,22 +67,21 @@ class ObjectStore(Protocol):
         """Bytes of `key`, None if there is none."""
         ...
 
+    def stat(self, key: str) -> Listed | None:
+        """Bytes and time of `key`, None if there is none."""
+        ...
+
     def list(self, prefix: str) -> Iterator[str]:
         """Keys that start with `prefix`, sorted."""
         ...
 
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        """Like `list`, with sizes and times; what is removed meanwhile may be among them or not."""
+        ...
 
-def check_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise InvalidInput(f"{key!r} is not an object key")
-    return key
-
-
-def check_prefix(prefix: str) -> str:
-    """A prefix is the beginning of a key, or empty."""
-    if prefix and not _KEY.fullmatch(f"{prefix}x"):
-        raise InvalidInput(f"{prefix!r} is not the beginning of an object key")
-    return prefix
+    def delete(self, key: str) -> None:
+        """Remove `key` if it is there. Only for what no manifest and no journal names: see storage/sweep.py."""
+        ...
 
 
 class MemoryObjects:
@@ -93,6 +91,7 @@ class MemoryObjects:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
+        self._written: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes:
@@ -114,6 +113,7 @@ class MemoryObjects:
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+            self._written[key] = time.time()
 
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         self.put(key, b"".join(exactly(pieces, size)))
@@ -123,55 +123,32 @@ class MemoryObjects:
             if check_key(key) in self._objects:
                 return False
             self._objects[key] = bytes(data)
+            self._written[key] = time.time()
             return True
 
     def size(self, key: str) -> int | None:
         found = self._objects.get(check_key(key))
         return None if found is None else len(found)
 
+    def stat(self, key: str) -> Listed | None:
+        with self._lock:
+            found = self._objects.get(check_key(key))
+            return None if found is None else Listed(key, len(found), self._written[key])
+
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
         with self._lock:
             return iter(sorted(key for key in self._objects if key.startswith(prefix)))
 
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        with self._lock:
+            found = [Listed(key, len(data), self._written[key]) for key, data in self._objects.items()]
+        return iter(sorted(one for one in found if one.key.startswith(check_prefix(prefix))))
 
-class Overlay:
-    """Reads of one store, with writes that go to another: for results that nobody will keep."""
-
-    def __init__(self, below: ObjectStore, above: ObjectStore) -> None:
-        self._below, self._above = below, above
-        self.url = above.url
-
-    def ready(self) -> None:
-        self._below.ready()
-        self._above.ready()
-
-    def get(self, key: str) -> bytes:
-        return self._holder(key).get(key)
-
-    def view(self, key: str) -> memoryview:
-        return self._holder(key).view(key)
-
-    def read(self, key: str) -> Iterator[memoryview]:
-        return self._holder(key).read(key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._above.put(key, data)
-
-    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
-        self._above.write(key, size, pieces)
-
-    def create(self, key: str, data: bytes) -> bool:
-        return self.size(key) is None and self._above.create(key, data)
-
-    def size(self, key: str) -> int | None:
-        return self._holder(key).size(key)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
-
-    def _holder(self, key: str) -> ObjectStore:
-        return self._below if self._above.size(key) is None else self._above
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+            self._written.pop(key, None)
 
 
 class DirectoryObjects:
@@ -234,13 +211,10 @@ class DirectoryObjects:
         return True
 
     def size(self, key: str) -> int | None:
-        try:
-            found = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None if (found := self.stat(key)) is None else found.bytes
+
+    def stat(self, key: str) -> Listed | None:
+        return _listed(key, self._path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
@@ -248,6 +222,18 @@ class DirectoryObjects:
         found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
         keys = (path.relative_to(self.root).as_posix() for path in found)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        found = (_listed(key, self.root / key) for key in self.list(prefix))
+        return (one for one in found if one is not None)
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise Unavailable(f"cannot remove {self._path(key)}: {error}") from error
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -277,6 +263,16 @@ class DirectoryObjects:
         finally:
             with suppress(OSError):  # whatever kept it from being written also explains why it is not there
                 written.unlink(missing_ok=True)
+
+
+def _listed(key: str, path: Path) -> Listed | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error}") from error
+    return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
 
 
 class _Taken(Exception):

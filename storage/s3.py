@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from storage.conditions import ROUNDS, Conditional, examine
 from storage.errors import DeltaworksError, InvalidInput, Missing, Unavailable
-from storage.objects import check_key, check_prefix
+from storage.keys import Listed, check_key, check_prefix
 from storage.s3_client import S3Settings, connect
 from storage.s3_errors import ASK, BROKEN_OFF, FOREIGN, WAIT, answer_of, translate, without_login
 from storage.s3_transfer import BREAKS, SINGLE, Transfer
@@ -98,21 +98,39 @@ class S3Objects:
         raise Unavailable(f"{key}: other writers kept the server from deciding who was first", remedy=WAIT)
 
     def size(self, key: str) -> int | None:
-        """Bytes of `key`, None if there is none. A missing bucket is None too: the server does not tell them apart."""
+        found = self.stat(key)
+        return None if found is None else found.bytes
+
+    def stat(self, key: str) -> Listed | None:
+        """Bytes and time of `key`, None if there is none. A missing bucket is None too: the server does not tell them
+        apart."""
         place = self._place(key)
         try:
             with self.errors(place):
-                return self.connected().head_object(Bucket=self.bucket, Key=place)["ContentLength"]
+                found = self.connected().head_object(Bucket=self.bucket, Key=place)
         except Missing:
             return None
+        return Listed(key, found["ContentLength"], found["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[str]:
+        return (one.key for one in self.listed(prefix))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
         place = self._root + check_prefix(prefix)
         with self.errors(place):
             pages = self.connected().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=place)
-            found = [item["Key"].removeprefix(self._root) for page in pages for item in page.get("Contents", [])]
+            found = [
+                Listed(item["Key"].removeprefix(self._root), item["Size"], item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
         # Consoles mark folders by empty objects that end in a slash. Not every kind of bucket lists in order.
-        return iter(sorted(key for key in found if not key.endswith("/") and not key.startswith(_NOTES)))
+        return iter(sorted(one for one in found if not one.key.endswith("/") and not one.key.startswith(_NOTES)))
+
+    def delete(self, key: str) -> None:
+        place = self._place(key)
+        with self.errors(place):
+            self.connected().delete_object(Bucket=self.bucket, Key=place)  # a success too if there was nothing
 
     def put_if_absent(self, place: str, data: bytes) -> bool:
         """One attempt at a conditional write, at a place in the bucket; False if the server says it is taken."""

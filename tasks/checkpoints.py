@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from storage.artifacts import Artifact, ArtifactStore
-from storage.blobs import encode_parts
 from storage.errors import Mismatch
-from storage.manifest import Lineage, digest
+from storage.manifest import Lineage
 from storage.refs import CheckpointRef
+from tasks.codecs.streams import tensor_digest
 from tasks.exclusive import PROCESS_STATE
 from tasks.naming import Skeleton
+from tasks.steps import write_step
 from tasks.tensors import check_finite, dtype_name, read_tensor
 
 CONFIG = "config.json"
@@ -38,32 +39,40 @@ def write_checkpoint(
     lineage: Lineage,
     *,
     where: str,
+    before: Artifact | None = None,
 ) -> CheckpointRef:
     """Store a whole model from its canonical (name, tensor) pairs, one tensor at a time.
 
     Shapes and names are held against the skeleton, numbers must be finite, tied weights are stored once. `where`
-    names the source in errors.
+    names the source in errors. `before`: an earlier checkpoint of the same architecture that tensors are stated
+    against, bit by bit (tasks/steps.py); its ref belongs into the lineage.
     """
     draft = store.draft("checkpoint", lineage)
     copies: dict[str, str] = {}
-    blobs: dict[str, str] = {}
+    originals: dict[str, str] = {}
+    ties = set(skeleton.tied.values())
     for name, tensor in tensors:
         if name in skeleton.tied:
-            copies[name] = digest(encode_parts({"tensor": tensor}))
+            copies[name] = tensor_digest(tensor)
             continue
         slot = skeleton.slots[name]
         if tuple(tensor.shape) != slot.shape:
             raise Mismatch(f"tensor {name!r} of {where}", expected=list(slot.shape), found=list(tensor.shape))
         check_finite(tensor, name, where)
-        record = draft.add(name, {"tensor": tensor}, role=slot.role, dtype=dtype_name(tensor.dtype), shape=slot.shape)
-        blobs[name] = record.blob
-    _check_ties(copies, blobs, skeleton, where)
-    missing = sorted(set(skeleton.slots) - set(blobs))
+        if before is not None:
+            draft.share(write_step(before, name, tensor, where))
+        else:
+            draft.add(name, {"tensor": tensor}, role=slot.role, dtype=dtype_name(tensor.dtype), shape=slot.shape)
+        if name in ties:
+            originals[name] = tensor_digest(tensor)
+    _check_ties(copies, originals, skeleton, where)
+    written = {record.name for record in draft.records}
+    missing = sorted(set(skeleton.slots) - written)
     if missing:
         raise Mismatch(
             f"{where} as {skeleton.architecture}",
             expected=f"{len(skeleton.slots)} tensors",
-            found=f"{len(blobs)}; missing {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            found=f"{len(written)}; missing {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
             remedy="Set `architecture` to the class that was saved, or complete the checkpoint",
         )
     for name, data in assets.items():
@@ -72,15 +81,15 @@ def write_checkpoint(
     return CheckpointRef(draft.commit())
 
 
-def _check_ties(copies: Mapping[str, str], blobs: Mapping[str, str], skeleton: Skeleton, where: str) -> None:
+def _check_ties(copies: Mapping[str, str], originals: Mapping[str, str], skeleton: Skeleton, where: str) -> None:
     """Files may hold both names of a tied tensor. They must then agree, because only one is kept."""
-    for name, blob in copies.items():
+    for name, copy in copies.items():
         source = skeleton.tied[name]
-        if blobs.get(source) != blob:
+        if originals.get(source) != copy:
             raise Mismatch(
                 f"tensor {name!r} of {where}",
                 expected=f"equal to {source!r}, which the config ties it to",
-                found="other numbers" if source in blobs else f"no {source!r}",
+                found="other numbers" if source in originals else f"no {source!r}",
                 remedy="Set tie_word_embeddings to false in config.json if they really differ",
             )
 

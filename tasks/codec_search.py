@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from storage.artifacts import ArtifactStore
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, Overlay
 from storage.refs import CheckpointRef, ScoresRef, UpdateRef, parse_ref
 from storage.tables import write_rows
+from tasks.aside import aside
 from tasks.checkpoints import load_model
 from tasks.codecs import Codec, Trial
 from tasks.compress import Inputs, compress_update
@@ -52,11 +47,11 @@ def choose_codec(
         backbone = load_model(trial.open(model), device)
         return problem.score(backbone, device, lambda done, total: None, "train", SAMPLES)[0].value
 
-    with _aside(store) as trial:
+    with aside(store) as trial:
         exact = score(update, trial)
     tried, rows = [], []
     for number, one in enumerate(trials, 1):
-        with _aside(store) as trial:
+        with aside(store) as trial:
             small = compress_update(update, one, trial, device, inputs=inputs, budget=budget)
             size = int(trial.open(small).manifest.facts["file_bytes"])
             tried.append(Trial(size, score(small, trial)))
@@ -68,10 +63,3 @@ def choose_codec(
     draft.add_asset(TABLE, write_rows(rows))
     draft.facts.update({"trial": codec.best(exact, tried), "exact": exact, "tried": [list(one) for one in tried]})
     return ScoresRef(draft.commit())
-
-
-@contextmanager
-def _aside(store: ArtifactStore) -> Iterator[ArtifactStore]:
-    """A store that reads from `store` and writes into a folder that goes away."""
-    with TemporaryDirectory() as folder:
-        yield ArtifactStore(Overlay(store.objects, DirectoryObjects(Path(folder))))

@@ -16,7 +16,17 @@ from storage.refs import UpdateRef, short
 from tasks.codecs import Codec, Coded, Dense, Facts, Leaf, Option, Parts, decode_parts
 from tasks.extract import HEAD
 from tasks.parallel import Budget, Report, in_order
-from tasks.tensors import check_finite, decode_factors, dtype_name, prefixed, read_delta, read_tensor, unprefixed, wide
+from tasks.tensors import (
+    check_finite,
+    decode_factors,
+    dtype_name,
+    foundation,
+    prefixed,
+    read_delta,
+    read_tensor,
+    unprefixed,
+    wide,
+)
 
 _WORKSPACE = 6  # tensors' sizes in float32 that coding and measuring one of them takes
 Inputs = Mapping[str, Callable[[], Tensor]]  # of linear weights, by name: X^T X / rows of what their module was given
@@ -134,7 +144,7 @@ class _Work:
         ]
         options = [Option(sum(part.nbytes for part in one.parts.values()), one.error or 0.0) for one in written]
         chosen = written[self.codec.pick(options)]
-        onto = None if chosen.digest is None else self.side("base").record(record.name).blob
+        onto, through = (None, ()) if chosen.digest is None else self._foundation(record, chosen.codec)
         dtype = chosen.dtype if chosen.digest is None else dtype_name(self.sides(record.name)[1].dtype)
         return self.source.store.write_tensor(
             record.name,
@@ -147,7 +157,20 @@ class _Work:
             onto=onto,
             digest=chosen.digest,
             error=chosen.error,
+            through=through,
         )
+
+    def _foundation(self, record: TensorRecord, codec: str) -> tuple[str, tuple[str, ...]]:
+        """The blobs of the base's tensor; of one that is a product of factors, its numbers, stored for this."""
+        base = self.side("base")
+        found = foundation(base.record(record.name), codec)
+        if found is not None:
+            return found
+        tensor = read_tensor(base, record.name)
+        stored = self.source.store.write_tensor(
+            record.name, {"tensor": tensor}, role=record.role, dtype=dtype_name(tensor.dtype), shape=record.shape
+        )
+        return stored.blob, ()
 
 
 class _Written(NamedTuple):

@@ -146,8 +146,8 @@ def _store(
     changed = dict(tuner.collect(backbone, skeleton_of(source)))
     for record in source.manifest.tensors:
         value = changed.pop(record.name, None)
-        if isinstance(value, Factors) and record.rank is not None:
-            # the base is low-rank here itself, and factors can only be stated against a dense blob
+        if isinstance(value, Factors) and (record.rank is not None or record.onto is not None):
+            # the base is stated against another tensor here itself, and factors can only be against a dense blob
             value = read_tensor(source, record.name) + value.B @ value.A
         if value is None:
             draft.share(record)

@@ -45,10 +45,11 @@ class Checkpoint(Choice):
     ignore: tuple[str, ...] = ()
 
 
-def ingest(spec: Checkpoint, store: ArtifactStore) -> CheckpointRef:
+def ingest(spec: Checkpoint, store: ArtifactStore, before: CheckpointRef | None = None) -> CheckpointRef:
     """Read `spec.source` into the store under canonical names, one tensor at a time.
 
-    The ref depends on the weights and model files alone, not on where they were read from.
+    The ref depends on the weights and model files alone, not on where they were read from. With `before`, an earlier
+    checkpoint of the same architecture, only what changed since is written, and the ref depends on it too.
     """
     folder = locate(spec)
     files = _weight_files(folder)
@@ -57,7 +58,10 @@ def ingest(spec: Checkpoint, store: ArtifactStore) -> CheckpointRef:
     assets = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _is_asset(path)}
     assets[CONFIG] = config if spec.architecture is None else config_of(skeleton)
     tensors = _read(folder, files, skeleton, spec)
-    return write_checkpoint(store, skeleton, tensors, assets, Lineage("ingest"), where=spec.source)
+    if before is None:
+        return write_checkpoint(store, skeleton, tensors, assets, Lineage("ingest"), where=spec.source)
+    lineage, earlier = Lineage("ingest", {"before": before}), store.open(before, "checkpoint")
+    return write_checkpoint(store, skeleton, tensors, assets, lineage, where=spec.source, before=earlier)
 
 
 def locate(spec: Checkpoint) -> Path:

@@ -6,6 +6,7 @@ import re
 from typing import Literal
 
 Kind = Literal["embedding", "head", "attention", "mlp", "other"]
+FineKind = Literal["embedding", "head", "attention", "mlp", "norm", "bias", "other"]
 
 # the module's own name: what the architectures of transformers call the layer that predicts tokens or classes
 _HEAD = re.compile(r"lm_head|embed_out|output_projection|decoder|classifier|score|qa_outputs|proj_out")
@@ -31,3 +32,12 @@ def kind_of(name: str, role: str) -> Kind:
     if _PROJECTION.fullmatch(module) or any(_ATTENTION.search(one.lower()) for one in path[:-1]):
         return "attention"
     return "mlp"
+
+
+def fine_kind_of(name: str, role: str) -> FineKind:
+    """The same, with norms (their biases too) and the biases of other modules told apart from the rest of `other`."""
+    kind = kind_of(name, role)
+    if kind != "other":
+        return kind
+    module, _, leaf = role.rpartition(".")
+    return "norm" if module == "norm" else "bias" if leaf == "bias" else "other"

@@ -9,9 +9,11 @@ from torch import Tensor
 from storage.artifacts import Artifact, ArtifactStore
 from storage.manifest import Lineage, TensorRecord
 from storage.refs import CheckpointRef, StateRef, short
-from tasks.mergers import Joint, Target
+from tasks.mergers import Joint, Sums, Target
+from tasks.packed import is_packed
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import recipe_of
+from tasks.scalings import AnyScaling
 from tasks.stored import State, Update, added, cost, scalings_own
 from tasks.tensors import check_base, check_finite, dtype_name, read_tensor, wide
 
@@ -93,13 +95,29 @@ class _Merged:
         merger = self.state.recipe.merger
         if not isinstance(merger, Joint):
             return self.state.delta(name, self._roles[name])
+        target, weights = Target(name, self._roles[name]), self.state.facts["weights"]
+        merged = self._on_planes(name, merger, target)
+        if merged is not None:
+            return merged
         deltas = [update.delta(update.artifact.record(name)) for update in self._updates]
         if not any(bool(delta.any()) for delta in deltas):
             return deltas[0]
         base = read_tensor(self._root, name, self.state.device)
         base = base.to(wide(base, *deltas))
         deltas = [delta.to(base.dtype) for delta in deltas]
-        return merger.combine(base, deltas, self.state.facts["weights"], Target(name, self._roles[name]))
+        return merger.combine(base, deltas, weights, target)
+
+    def _on_planes(self, name: str, merger: Joint, target: Target) -> Tensor | None:
+        """The merged delta where all updates are ternary and the merger can do without their numbers spread out."""
+        records = [update.artifact.record(name) for update in self._updates]
+        if not all(is_packed(record) for record in records) or self._root.record(name).dtype == "F64":
+            return None
+        planes = [update.planes(record) for update, record in zip(self._updates, records, strict=True)]
+        packed = [one for one in planes if one is not None]
+        if len(packed) < len(planes):
+            return None
+        found = merger.combine_planes(packed, self.state.facts["weights"], target)
+        return None if found is None else found.reshape(records[0].shape)
 
     def factors(self, budget: Budget) -> Mapping[str, float] | None:
         """What the recipe's scaling makes of the whole merged delta: one factor for every tensor."""
@@ -107,6 +125,21 @@ class _Merged:
         if scaling is None:
             return None
         records = [record for record in self._root.manifest.tensors if record.name in self._roles]
-        shares = in_order(records, lambda one: scaling.measure(self.delta(one.name)), cost(self.workspace), budget)
-        names = [record.name for record in records]
-        return scaling.factors(names, float(self.state.facts["count"]), scalings_own(self.state.facts), added(shares))
+
+        def measured(record: TensorRecord) -> tuple[Sums, Sums]:
+            return scaling.measure(self.delta(record.name)), self._share(scaling, record.name)
+
+        found = list(in_order(records, measured, cost(self.workspace), budget))
+        facts = {**scalings_own(self.state.facts), **added(share for _, share in found)}
+        names, count = [record.name for record in records], float(self.state.facts["count"])
+        return scaling.factors(names, count, facts, added(one for one, _ in found))
+
+    def _share(self, scaling: AnyScaling, name: str) -> Sums:
+        """What the scaling finds in the sum of the updates, of which a joint merger's state keeps none."""
+        if not self._updates or not scaling.needs_total:
+            return {}
+        total: Tensor | None = None
+        for update, weight in zip(self._updates, self.state.facts["weights"], strict=True):
+            delta = update.delta(update.artifact.record(name))
+            total = delta * weight if total is None else total + delta * weight
+        return scaling.share(delta, total)

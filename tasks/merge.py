@@ -16,7 +16,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput, Mismatch
 from storage.manifest import Lineage, TensorRecord, canonical
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
-from tasks.mergers import Facts, Joint, Sequential, Sums, Target
+from tasks.mergers import Facts, Joint, Parts, Sequential, Sums, Target
 from tasks.mergers.base import weight_of
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
@@ -93,29 +93,38 @@ def _fold_tensor(
     store: ArtifactStore,
 ) -> _Folded:
     """One tensor's way into the state: read, merge, write."""
-    recipe, delta = newcomer.recipe, newcomer.delta(record)
-    merger = recipe.merger
+    recipe, merger = newcomer.recipe, newcomer.recipe.merger
     assert isinstance(merger, Sequential)
     held = before.parts(record.name) if before else None
+    target = Target(record.name, record.role)
+    packed = newcomer.planes(record) if recipe.scaling is None else None
+    found = None if packed is None else merger.fold_planes(held, packed, target, facts, survey)
+    if found is not None:
+        parts, sums = {key: part.reshape(record.shape) for key, part in found[0].items()}, found[1]
+        return _Folded(_written(merger, record, parts, store), sums)
+    delta = newcomer.delta(record)
     total = None
     if held is not None and _TOTAL in held:
         total = held.pop(_TOTAL)
-    parts, sums = merger.fold(held, delta, Target(record.name, record.role), facts, survey)
-    kept = dtype_name(next(iter(parts.values())).dtype) if parts else record.dtype
+    parts, sums = merger.fold(held, delta, target, facts, survey)
     scaling = recipe.scaling
     if scaling is not None and scaling.needs_total:
         share = delta * weight_of(survey)
         total = share if total is None else total + share
         parts = {**parts, _TOTAL: total}
-    stored = store.write_tensor(
+    return _Folded(_written(merger, record, parts, store), {**sums, **_share(recipe, delta, total)})
+
+
+def _written(merger: Sequential, record: TensorRecord, parts: Parts, store: ArtifactStore) -> TensorRecord:
+    kept = [part.dtype for key, part in parts.items() if key != _TOTAL]
+    return store.write_tensor(
         record.name,
         parts,
         role=record.role,
-        dtype=kept,
+        dtype=dtype_name(kept[0]) if kept else record.dtype,
         shape=record.shape,
         codec=f"{merger.name}@{merger.version}",
     )
-    return _Folded(stored, {**sums, **_share(recipe, delta, total)})
 
 
 def _share(recipe: Recipe, delta: Tensor, total: Tensor | None) -> Sums:

@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import Damaged, InvalidInput, Mismatch
-from tasks.codecs import Parts
-from tasks.codecs.ternary import read_ternary
+from storage.manifest import TensorRecord
+from tasks.codecs import Parts, Ternary, decoder
+from tasks.codecs.signs import Fours, read_ternary
 
 Words = NDArray[np.uint64]
 
+_TERNARY = decoder(Ternary)
 _WORD = 64
 _WORDS = 1 << 13  # of a plane that are worked on at once: some planes of so many stay in a core's cache
 PIECE = _WORD * 1024  # entries that are spread out at once
@@ -74,8 +76,13 @@ class Overlap(NamedTuple):
         return self.agree + self.oppose
 
 
+def is_packed(record: TensorRecord) -> bool:
+    """Whether a stored tensor is ternary. A product of ternary factors is not."""
+    return record.codec == _TERNARY and record.rank is None
+
+
 def planes_of(parts: Parts, shape: tuple[int, ...]) -> Planes:
-    """The planes of a stored tensor of `ternary@2`, from its gaps and signs: it is never dense.
+    """The planes of a stored tensor of `ternary@2`, as it was written: it is never dense.
 
     Raises Damaged if the parts are not what the codec writes.
     """
@@ -91,6 +98,11 @@ def planes_of(parts: Parts, shape: tuple[int, ...]) -> Planes:
     if not scale:  # its entries are zeros, which have no sign
         return Planes(positive, negative, 1.0, elements)
     rows = positive.view(np.uint8), negative.view(np.uint8)
+    if isinstance(found, Fours):
+        for row, code in zip(rows, (1, 2), strict=True):
+            plane = found.plane(code)
+            row[: plane.size] = plane
+        return Planes(positive, negative, scale, elements)
     for places, signs in found.pieces():
         bits = np.uint8(128) >> (places & 7).astype(np.uint8)
         below = bits * signs
@@ -174,7 +186,10 @@ def total(several: Sequence[Planes], weights: Sequence[float] | None = None) -> 
     """
     elements = _common_size(several)
     factors = [one.scale * weight for one, weight in zip(several, weights or [1.0] * len(several), strict=True)]
-    groups = {factor: [one for one, its in zip(several, factors, strict=True) if its == factor] for factor in factors}
+    # in the order of the factors, so that the order of the tensors changes no bit
+    groups = {
+        factor: [one for one, its in zip(several, factors, strict=True) if its == factor] for factor in sorted(factors)
+    }
     found = np.empty(elements, dtype=np.float32)
     for start in range(0, elements, PIECE):
         stop = min(start + PIECE, elements)
@@ -182,6 +197,25 @@ def total(several: Sequence[Planes], weights: Sequence[float] | None = None) -> 
         for factor, members in groups.items():
             sums += factor * _tally(members, start, stop).astype(np.float64)
         found[start:stop] = sums
+    return torch.from_numpy(found)
+
+
+def added(onto: Tensor | None, one: Planes, weight: float = 1.0) -> Tensor:
+    """`onto` plus a ternary tensor times its weight, [elements]; without `onto`, the weighted tensor in float32.
+
+    The very bits that the same sum of dense tensors has, in the dtype of `onto`, of which it is another tensor.
+    """
+    factor = np.float32(one.scale) * np.float32(weight)
+    before = np.zeros(0, dtype=np.float32) if onto is None else onto.detach().reshape(-1).numpy()
+    found = np.empty(one.elements, dtype=before.dtype)
+    for start in range(0, one.elements, PIECE):
+        stop = min(start + PIECE, one.elements)
+        share = one.signs(start, stop).astype(np.float32)
+        share *= factor
+        if onto is None:
+            found[start:stop] = share
+        else:
+            np.add(before[start:stop], share, out=found[start:stop])
     return torch.from_numpy(found)
 
 

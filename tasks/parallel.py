@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -60,11 +61,14 @@ def in_order(
     """`work` of every item, in their order. `cost` is an item's memory in bytes.
 
     An item starts when a worker is free and its cost fits beside those in work; one that is larger than the budget
-    runs alone. The first error in their order is raised, and ends what has not begun.
+    runs alone. The first error in their order is raised, and ends what has not begun. Within `work`, torch computes on
+    one thread, whatever it was told.
     """
     if budget.workers == 1 or len(items) < 2:
         for done, item in enumerate(items, 1):
-            yield work(item)
+            with _one_thread():
+                result = work(item)
+            yield result
             if report:
                 report(done, len(items), "tensors")
         return
@@ -78,7 +82,7 @@ def in_order(
 
     waiting: deque[Future[Result]] = deque()
     done = 0
-    with ThreadPoolExecutor(budget.workers, thread_name_prefix="tensors") as pool:
+    with _one_thread(), ThreadPoolExecutor(budget.workers, "tensors", initializer=_compute_alone) as pool:
         try:
             for item in items:
                 needed = cost(item)
@@ -96,6 +100,30 @@ def in_order(
                     report(done, len(items), "tensors")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch computes on the calling thread alone, and then as before.
+
+    Norms, products and decompositions round differently on several threads, and would be stored under other refs on
+    another machine. The workers fill the cores anyway.
+    """
+    import torch  # takes seconds: not for those who only read a budget
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compute_alone() -> None:
+    """The same for a new thread, which may have a number of its own."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 class _Room:

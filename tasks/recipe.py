@@ -24,13 +24,6 @@ class Recipe:
     sparsify: AnySparsifier | None = None
     scaling: AnyScaling | None = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.merger, Joint) and self.scaling is not None and self.scaling.needs_total:
-            raise InvalidInput(
-                f"scaling {self.scaling.name!r} needs the sum of the updates, which {self.merger.name!r} does not keep",
-                remedy="Scale a sequential merger with it: `deltaworks mergers` lists them",
-            )
-
     def spec(self) -> dict[str, Any]:
         """The merger's settings as they are, and beside them those of the others if there are any."""
         found = self.merger.spec()

@@ -18,16 +18,13 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput, Mismatch
 from storage.manifest import TensorRecord
 from storage.refs import UpdateRef, short
-from tasks.codecs import Ternary, decoder
 from tasks.extract import HEAD
-from tasks.packed import PIECE, Planes, overlap, planes_of, scaled, signs_of
+from tasks.packed import PIECE, Planes, is_packed, overlap, planes_of, scaled, signs_of
 from tasks.parallel import Budget, Report, in_order
 from tasks.tensors import check_base, check_finite, read_delta
 
 Square = NDArray[np.float64]  # [updates, updates], symmetrical
 Counts = NDArray[np.int64]  # the same, of integers
-
-_PACKED = decoder(Ternary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +139,16 @@ def _records(artifact: Artifact) -> list[TensorRecord]:
     return [record for record in artifact.manifest.tensors if not record.role.startswith(HEAD)]
 
 
-def _is_packed(record: TensorRecord) -> bool:
-    return record.codec == _PACKED and record.rank is None  # a product of ternary factors is not ternary
-
-
 def _cost(artifacts: Sequence[Artifact], name: str) -> float:
     """Bytes: the planes of all, the values of those that are no planes, and reading one of them."""
     records = [artifact.record(name) for artifact in artifacts]
-    dense = sum(not _is_packed(record) for record in records)
+    dense = sum(not is_packed(record) for record in records)
     return records[0].elements * (len(records) / 4 + 4 * dense + (16 if dense else 2))
 
 
 def _read(artifact: Artifact, name: str) -> _Held:
     record = artifact.record(name)
-    if _is_packed(record):
+    if is_packed(record):
         return _Held(planes_of(artifact.parts(name), record.shape))
     delta = read_delta(artifact, name)
     check_finite(delta, name, short(artifact.ref))

@@ -13,6 +13,7 @@ from storage.manifest import TensorRecord
 from storage.refs import short
 from tasks.extract import HEAD
 from tasks.mergers import Facts, Parts, Sequential, Sums, Target
+from tasks.packed import Planes, is_packed, planes_of
 from tasks.recipe import Recipe
 from tasks.tensors import check_finite, read_delta
 
@@ -36,6 +37,12 @@ class Update:
         check_finite(found, record.name, short(self.artifact.ref))
         thin = self.recipe.sparsify
         return found if thin is None else thin.thin(found, self.artifact.ref, record.name)
+
+    def planes(self, record: TensorRecord) -> Planes | None:
+        """The delta as planes of bits, if it is stored as ternary, enters as it is, and is worked on by the CPU."""
+        if self.recipe.sparsify is not None or self.device != "cpu" or not is_packed(record):
+            return None
+        return planes_of(self.artifact.parts(record.name), record.shape)
 
 
 @dataclass(frozen=True)

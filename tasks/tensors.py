@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -32,16 +35,25 @@ def read_tensor(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     lossless codec wrote comes back bit by bit, and is held against its digest.
     """
     record = artifact.record(name)
-    onto = _onto(artifact, record)
+    onto = read_onto(artifact, record)
     if is_lossless(record.codec):
         if onto is None:
             raise Damaged(f"tensor {name!r} of {short(artifact.ref)} does not say which base it is restored from")
         parts = artifact.parts(name)
-        restored = restore_parts(record.codec, parts, record.shape, onto)
+        try:
+            with _named(artifact, name):
+                restored = restore_parts(record.codec, parts, record.shape, onto)
+        except Damaged:
+            _check_base(artifact, record, parts, onto)
+            raise
         if tensor_digest(restored) != record.digest or restored.dtype != DTYPES[record.dtype]:
-            _refuse(artifact, record, parts, onto)
+            _check_base(artifact, record, parts, onto)
+            raise Damaged(
+                f"tensor {name!r} of {short(artifact.ref)} does not come back as it was written: its digest differs",
+                remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
+            )
         return restored.to(device)
-    decoded = decode_record(record, artifact.parts(name), device)
+    decoded = _decoded(artifact, record, device)
     if onto is not None:
         decoded = onto.to(device, wide(onto, decoded)) + decoded
     return decoded.to(DTYPES[record.dtype])
@@ -51,21 +63,54 @@ def read_delta(artifact: Artifact, name: str, device: str = "cpu") -> Tensor:
     """Tensor `name` of an update: float32 or float64, as it was decoded, or tuned minus base where both are exact."""
     record = artifact.record(name)
     if not is_lossless(record.codec):
-        return _widened(decode_record(record, artifact.parts(name), device))
+        return _widened(_decoded(artifact, record, device))
     tuned = read_tensor(artifact, name, device)
-    onto = _onto(artifact, record)
+    onto = read_onto(artifact, record)
     assert onto is not None
     dtype = wide(onto, tuned)
     return tuned.to(dtype) - onto.to(device, dtype)
 
 
-def _onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
-    parts = artifact.onto(record.name)
-    return None if parts is None else decode_parts("dense@1", parts, record.shape)
+def foundation(record: TensorRecord, codec: str) -> tuple[str, tuple[str, ...]] | None:
+    """What a tensor that the lossless `codec` states against that of `record` has as its `onto` and `through`.
+
+    None where there is nothing to decode step by step: the tensor is a product of factors, or another codec wrote it.
+    """
+    if record.codec == codec and record.onto is not None:
+        return record.onto, (*record.through, record.blob)
+    return (record.blob, ()) if record.rank is None and record.codec == "dense@1" else None
 
 
-def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
-    """Say why what was restored is not what was written: another base, or damage."""
+def _decoded(artifact: Artifact, record: TensorRecord, device: str) -> Tensor:
+    parts = artifact.parts(record.name)
+    with _named(artifact, record.name):
+        return decode_record(record, parts, device)
+
+
+@contextmanager
+def _named(artifact: Artifact, name: str) -> Iterator[None]:
+    """Codecs know parts and shapes only: say which tensor it is that they cannot read."""
+    try:
+        yield
+    except Damaged as error:
+        said = str(error).removesuffix(f". {error.remedy}")
+        raise Damaged(f"tensor {name!r} of {short(artifact.ref)}: {said}", remedy=error.remedy) from error
+
+
+def read_onto(artifact: Artifact, record: TensorRecord) -> Tensor | None:
+    """What a tensor is stated against, if it is."""
+    dense = artifact.onto(record.name)
+    if dense is None:
+        return None
+    found = decode_parts("dense@1", dense, record.shape)
+    for parts in artifact.through(record.name):
+        with _named(artifact, record.name):
+            found = restore_parts(record.codec, parts, record.shape, found)
+    return found
+
+
+def _check_base(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor) -> None:
+    """What cannot be restored may have been written against another base."""
     stated, found = meta_of(parts, record.shape).get("base") if parts else record.digest, tensor_digest(onto)
     if stated != found:
         raise Mismatch(
@@ -74,10 +119,6 @@ def _refuse(artifact: Artifact, record: TensorRecord, parts: Parts, onto: Tensor
             found=f"{found[:12]}…",
             remedy="It can be restored only from the base that it was written against",
         )
-    raise Damaged(
-        f"tensor {record.name!r} of {short(artifact.ref)} does not come back as it was written: its digest differs",
-        remedy="Run `deltaworks verify` on it, and restore what it names from a copy of the store",
-    )
 
 
 def decode_record(record: TensorRecord, parts: Parts, device: str = "cpu") -> Tensor:

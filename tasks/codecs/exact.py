@@ -1,9 +1,9 @@
 """Exact: every bit of the tuned tensor, as the floats that lie between it and the base's.
 
-Per tensor the smallest of three forms. `sparse`: places of the elements that changed, as gaps, and by how many floats;
-both in the order of the base's exponents (tasks/codecs/ulps.py), in which neighbours behave alike. `steps`: the same
-for all elements, changed or not. `planes`: the tuned numbers' bytes, first bytes first; whatever the base is. Published
-formats for updates of reinforcement learning code byte differences (XOR) or values, in the order of the file.
+Per tensor the smaller of two forms. `steps`: by how many floats every element moved, most of them by none, in the order
+of the base's exponents (tasks/codecs/ulps.py), in which neighbours behave alike, and so are coded together
+(tasks/codecs/fields.py). `planes`: the tuned numbers' bytes, first bytes first; whatever the base is. Published formats
+for updates of reinforcement learning code byte differences (XOR) or values, in the order of the file.
 """
 
 from __future__ import annotations
@@ -21,23 +21,12 @@ from storage.blobs import DTYPES
 from storage.errors import Damaged
 from tasks.choice import require
 from tasks.codecs.base import Codec, Coded, Facts, Leaf, Parts, decoder
-from tasks.codecs.streams import (
-    expand,
-    meta_of,
-    narrow,
-    number,
-    read_numbers,
-    squeeze,
-    tensor_digest,
-    with_meta,
-    write_numbers,
-)
-from tasks.codecs.ulps import MANTISSAS, ByExponent, Unsigned, bits_of, from_bits, stepped, steps
+from tasks.codecs.fields import read_fields, write_fields
+from tasks.codecs.streams import expand, meta_of, number, squeeze, tensor_digest, with_meta
+from tasks.codecs.ulps import MANTISSAS, ByExponent, Counts, bits_of, from_bits
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MOST = 0.2  # share of changed elements from which gaps save neither bytes nor time
 _HALF = 0.5  # of the tensor's bytes: below, planes are not tried, for trained weights take two thirds in planes
-_CHUNK = 1 << 14  # numbers that are modelled together: few exponents, and enough to pay for the model
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Exact(Codec):
     tuned tensor with all its bits, -0, infinities and payloads of NaN included, and is held against its digest.
     """
 
-    source: ClassVar[str] = "ours: gaps by exponent, ulp steps"
+    source: ClassVar[str] = "ours: ulp steps, by exponent"
     lossless: ClassVar[bool] = True
     keeps_factors: ClassVar[bool] = True
 
@@ -85,7 +74,7 @@ class Exact(Codec):
         form = meta.get("form")
         if form == "planes":
             return _from_planes(parts, dtype, shape)
-        if form not in ("sparse", "steps") or dtype != base.dtype or dtype not in MANTISSAS:
+        if form != "steps" or dtype != base.dtype or dtype not in MANTISSAS:
             raise Damaged(f"a tensor of {meta['dtype']} cannot be restored from the form {form!r} and {base.dtype}")
         if math.prod(shape) != base.numel():
             raise Damaged(f"a tensor of shape {list(shape)} cannot be restored from a base of {list(base.shape)}")
@@ -115,44 +104,25 @@ def _from_planes(parts: Parts, dtype: torch.dtype, shape: tuple[int, ...]) -> Te
 
 
 def _stepwise(base: Tensor, tuned: Tensor) -> Form:
-    """`sparse`, or `steps` where many changed."""
-    old, new = bits_of(base), bits_of(tuned)
-    moved = ByExponent(old, MANTISSAS[base.dtype]).ordered(steps(old, new))
-    places = np.flatnonzero(moved)
-    if places.size > _MOST * old.size:
-        return {"form": "steps"}, {"steps": write_numbers(moved, _CHUNK)}
-    gaps = narrow(np.diff(places, prepend=-1) - 1)
-    streams = {
-        "gaps": write_numbers(gaps, _CHUNK),
-        "steps": write_numbers(moved[places] - moved.dtype.type(1), _CHUNK),
-    }
-    return {"form": "sparse", "count": places.size}, streams
+    found, counts = ByExponent(bits_of(base), MANTISSAS[base.dtype]).steps_to(bits_of(tuned))
+    lowest = counts[0][0] if counts else 0
+    dense = [dict(counts).get(one, 0) for one in range(lowest, counts[-1][0] + 1)] if counts else []
+    meta, streams = write_fields(found)
+    return {"form": "steps", "lowest": lowest, "counts": dense, **meta}, streams
 
 
 def _from_steps(parts: Parts, meta: Mapping[str, Any], base: Tensor) -> Tensor:
     old = bits_of(base)
-    if meta["form"] == "sparse":
-        moved = _spread(parts, number(meta, "count", 1, old.size), old)
-    else:
-        moved = _steps(parts, old.size, old)
+    found = read_fields(parts, meta, old.size, old.dtype)
     order = ByExponent(old, MANTISSAS[base.dtype])
-    return from_bits(stepped(old, order.in_place(moved)), base.dtype, tuple(base.shape))
+    return from_bits(order.tuned(found, _counts(meta, old.size)), base.dtype, tuple(base.shape))
 
 
-def _spread(parts: Parts, count: int, old: Unsigned) -> Unsigned:
-    """The steps of all elements, of which `count` are not zero."""
-    gaps = read_numbers(parts, "gaps", count)
-    if int(gaps.max()) >= old.size or int(gaps.sum(dtype=np.uint64)) + count > old.size:
-        raise Damaged(f"part 'gaps' of an exact tensor leads beyond its {old.size:,} elements")
-    places = np.cumsum(gaps, dtype=np.int64)
-    places += np.arange(count)
-    found = np.zeros_like(old)
-    found[places] = _steps(parts, count, old) + old.dtype.type(1)
-    return found
-
-
-def _steps(parts: Parts, count: int, old: Unsigned) -> Unsigned:
-    found = read_numbers(parts, "steps", count)
-    if found.dtype.itemsize > old.dtype.itemsize:
-        raise Damaged(f"part 'steps' of an exact tensor is wider than its numbers of {old.dtype.itemsize} bytes")
-    return found.astype(old.dtype, copy=False)
+def _counts(meta: Mapping[str, Any], elements: int) -> Counts:
+    """The exponents of the base that the update was written for: as many elements from the `lowest` on, one by one."""
+    lowest, counts = number(meta, "lowest", 0, 1 << 11), meta.get("counts")
+    if not isinstance(counts, list) or any(not isinstance(one, int) or one < 0 for one in counts):
+        raise Damaged(f"the metadata's 'counts' must be a list of integers, found {counts!r:.80}")
+    if sum(counts) != elements:
+        raise Damaged(f"the metadata's 'counts' must come to {elements:,} elements, found {sum(counts):,}")
+    return [(exponent, count) for exponent, count in enumerate(counts, lowest) if count]

@@ -99,15 +99,16 @@ class Rtn(Codec):
             if found.dtype != np.uint8 or int(found.max(initial=0)) >= 1 << bits:
                 raise Damaged(f"part 'codes' must have codes of {bits} bits")
             codes = found
-        values = dequantised(_grouped(codes.reshape(rows, columns), group), grid)
+        with np.errstate(over="ignore"):  # damage alone leads beyond float32: who reads it checks for infinities
+            values = dequantised(_grouped(codes.reshape(rows, columns), group), grid)
         return torch.from_numpy(_ungrouped(values, rows, columns)).reshape(shape)
 
 
 def _form(shape: tuple[int, ...], group: int | None) -> tuple[int, int, int]:
-    """Rows, columns, and columns of a group, of a tensor that is not empty."""
+    """Rows, columns, and columns of a group; of an empty tensor too there are some to divide by."""
     rows = shape[0] if len(shape) > 1 else 1
     columns = math.prod(shape) // max(rows, 1)
-    return rows, columns, min(group or columns, columns)
+    return rows, columns, max(min(group or columns, columns), 1)
 
 
 def _grouped(values_RC: NDArray[Any], group: int) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ Numbers = NDArray[np.unsignedinteger[Any]]
 
 META = "meta"  # the part with the metadata: canonical JSON
 _ZSTD_LEVEL = 1  # on these streams higher levels are slower and often larger
+_CODES = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 _CHUNK = 1 << 18  # numbers that one model of pcodec is for
 _WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 
@@ -45,13 +46,13 @@ def with_meta(meta: Mapping[str, Any], streams: Mapping[str, Bytes | bytes]) -> 
 def meta_of(parts: Parts, shape: tuple[int, ...]) -> dict[str, Any]:
     """The metadata of a coded tensor; its `shape` must have as many elements as `shape`."""
     try:
-        found = json.loads(part(parts, META).tobytes())
-        elements = math.prod(int(size) for size in found["shape"])
+        found = dict(json.loads(part(parts, META).tobytes()))
+        stated = list(found["shape"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"the metadata of a coded tensor cannot be read: {error!r}") from error
-    if elements != math.prod(shape):
-        raise Damaged(f"a coded tensor of shape {found['shape']} cannot be read as {list(shape)}")
-    return dict(found)
+    if not all(type(size) is int and size >= 0 for size in stated) or math.prod(stated) != math.prod(shape):
+        raise Damaged(f"a coded tensor of shape {stated} cannot be read as {list(shape)}")
+    return found
 
 
 def number(meta: Mapping[str, Any], key: str, low: int, high: int) -> int:
@@ -144,13 +145,31 @@ def squeeze(data: Bytes | bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(bytes(data))
 
 
+def squeeze_codes(several: Sequence[Bytes]) -> bytes:
+    """Bytes that are draws of their own through zstandard: Huffman codes, and repetitions only where they are long.
+
+    They become one frame. Each of the several gets codes of its own.
+    """
+    press = zstandard.ZstdCompressor(compression_params=_CODES).compressobj(size=sum(one.size for one in several))
+    blocks = []
+    for one in several:
+        blocks += [press.compress(np.ascontiguousarray(one).data), press.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    return b"".join([*blocks, press.flush()])
+
+
 def expand(parts: Parts, key: str, size: int) -> Bytes:
-    """The inverse; `size` is what it must come to."""
+    """The inverse of both; `size` is what it must come to."""
+    return exactly(expand_up_to(parts, key, size), size, key)
+
+
+def expand_up_to(parts: Parts, key: str, most: int) -> Bytes:
+    """The same where the size is not known: it must not come to more than `most`, and must say to how much."""
     data = part(parts, key).tobytes()
     try:
         declared = zstandard.frame_content_size(data)
-        if declared != size:
-            raise Damaged(f"part {key!r} must have {size:,} bytes, it declares {declared:,}")
-        return exactly(np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8), size, key)
+        if not 0 <= declared <= most:
+            size = "no size at all" if declared < 0 else f"{declared:,}"
+            raise Damaged(f"part {key!r} must come to at most {most:,} bytes and say so, it declares {size}")
+        return exactly(np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8), declared, key)
     except zstandard.ZstdError as error:
         raise Damaged(f"part {key!r} cannot be read: {error}") from error

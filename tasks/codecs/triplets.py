@@ -76,12 +76,17 @@ class Groups:
     seen: bool
     scales: str
 
-    def numbers(self) -> Tensor:
-        """The matrix [M, N] in float32: one product, in the order of the triplets."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """U times the values [M, K], and V' [K, N], in float32."""
         left_MK = torch.from_numpy(np.concatenate([one.left.numbers() for one in self.pairs], axis=1))
         right_KN = torch.from_numpy(np.concatenate([one.right.numbers() for one in self.pairs], axis=0))
         value_K = (torch.from_numpy(self.share_K).double() * self.top).float()
-        return (left_MK * value_K) @ right_KN
+        return left_MK * value_K, right_KN
+
+    def numbers(self) -> Tensor:
+        """The matrix [M, N] in float32: one product, in the order of the triplets."""
+        left_MK, right_KN = self.factors()
+        return left_MK @ right_KN
 
 
 def rounded(

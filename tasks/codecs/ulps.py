@@ -1,8 +1,8 @@
 """Steps between floats, and the order of a tensor by the exponents of its base: what `exact` counts in.
 
-A float's bits, read as a sign and a magnitude, give an integer that rises with the float: `ranked`. The difference of
-two such integers is how many floats lie between them. Both ways are exact for every pattern of bits, so -0, infinities
-and the payloads of NaN come back.
+A float's bits, read as an integer, rise with its distance from 0, so the difference of two such integers is how many
+floats lie between two numbers of one sign. Taken modulo their width, differences give back every pattern of bits: -0,
+infinities and the payloads of NaN too. Where a number's sign changed, the difference is large, and still exact.
 
 How far a training moves a weight hardly depends on the weight, but how many floats that is does: the smaller the
 weight, the finer its floats. So whether an element changes at all, and by how many steps, follows from the exponent of
@@ -12,7 +12,9 @@ a core's cache, sorted by a radix pass, then the pieces' runs of each exponent o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.errors import Damaged
+
 Unsigned = NDArray[Any]  # unsigned integers of two, four or eight bytes
+Counts = Sequence[tuple[int, int]]  # exponents, ascending, and how many elements have them
 
 MANTISSAS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}  # bits; below: the exponent
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -43,56 +48,25 @@ def from_bits(bits: Unsigned, dtype: torch.dtype, shape: tuple[int, ...]) -> Ten
 
 
 def steps(base: Unsigned, tuned: Unsigned) -> Unsigned:
-    """How many floats `tuned` lies above or below `base`, zig-zag: 0, -1, 1, -2 ... as 0, 1, 2, 3 ..."""
-    return _in_pieces(_steps, base, tuned)
+    """How many floats `tuned` lies further from 0 than `base`, or nearer: 0, -1, 1, -2 ... as 0, 1, 2, 3 ..."""
+    apart: Unsigned = (tuned - base).view(_signed(base))
+    folded = apart >> (8 * base.dtype.itemsize - 1)  # all bits of a negative one
+    apart <<= 1
+    apart ^= folded
+    return apart.view(base.dtype)
 
 
 def stepped(base: Unsigned, found: Unsigned) -> Unsigned:
     """The inverse: `tuned`, from `base` and what `steps` gave."""
-    return _in_pieces(_stepped, base, found)
+    apart = found >> 1
+    folded = -(found & found.dtype.type(1)).view(_signed(found))
+    apart ^= folded.view(found.dtype)
+    apart += base
+    return apart
 
 
-def ranked(bits: Unsigned) -> Unsigned:
-    """Integers in the order of the floats that the bits stand for; -0 comes right before 0."""
-    top = bits.dtype.itemsize * 8 - 1
-    # all bits turn where the sign is set, else the sign alone
-    turned: Unsigned = (bits >> top) * bits.dtype.type(2**top - 1)
-    turned |= bits.dtype.type(2**top)
-    turned ^= bits
-    return turned
-
-
-def unranked(ranks: Unsigned) -> Unsigned:
-    """The inverse of `ranked`."""
-    top = ranks.dtype.itemsize * 8 - 1
-    turned: Unsigned = (~ranks >> top) * ranks.dtype.type(2**top - 1)
-    turned |= ranks.dtype.type(2**top)
-    turned ^= ranks
-    return turned
-
-
-def _steps(base: Unsigned, tuned: Unsigned) -> Unsigned:
-    apart = ranked(tuned)
-    apart -= ranked(base)  # around the end of the integers, which the inverse undoes
-    folded: Unsigned = (apart >> (apart.dtype.itemsize * 8 - 1)) * apart.dtype.type(np.iinfo(apart.dtype).max)
-    apart <<= 1
-    folded ^= apart
-    return folded
-
-
-def _stepped(base: Unsigned, found: Unsigned) -> Unsigned:
-    apart: Unsigned = (found & found.dtype.type(1)) * found.dtype.type(np.iinfo(found.dtype).max)
-    apart ^= found >> 1
-    apart += ranked(base)
-    return unranked(apart)
-
-
-def _in_pieces(work: Callable[[Unsigned, Unsigned], Unsigned], first: Unsigned, second: Unsigned) -> Unsigned:
-    found = np.empty_like(first)
-    for start in range(0, first.size, _PIECE):
-        place = slice(start, start + _PIECE)
-        found[place] = work(first[place], second[place])
-    return found
+def _signed(bits: Unsigned) -> np.dtype[Any]:
+    return np.dtype(f"i{bits.dtype.itemsize}")
 
 
 class ByExponent:
@@ -103,44 +77,63 @@ class ByExponent:
     """
 
     def __init__(self, base: Unsigned, mantissa: int) -> None:
-        exponents = 1 << (base.dtype.itemsize * 8 - 1 - mantissa)
-        key = np.uint8 if exponents <= 256 else np.uint16
-        edges = np.arange(exponents + 1)
-        self._elements = base.size
-        self._orders: list[NDArray[np.uint16]] = []  # of each piece
-        runs: list[NDArray[np.int64]] = [np.zeros((0, exponents), dtype=np.int64)]
-        for first in range(0, base.size, _PIECE):
-            keys = ((base[first : first + _PIECE] << 1) >> (mantissa + 1)).astype(key)
-            order = np.argsort(keys, kind="stable")  # of small integers: a radix pass
-            runs.append(np.diff(np.searchsorted(keys, edges, sorter=order))[None])
-            self._orders.append(order.astype(np.uint16))
-        self._runs = np.concatenate(runs)  # elements of each piece and exponent
-        # where each run begins: exponent by exponent, piece by piece
-        self._starts = np.cumsum(self._runs.T.ravel()).reshape(exponents, -1).T - self._runs
+        self._base, self._mantissa = base, mantissa
+        self._exponents = 1 << (base.dtype.itemsize * 8 - 1 - mantissa)
 
-    def ordered(self, values: Unsigned) -> Unsigned:
-        """`values` of the elements in this order, [elements]."""
-        found = np.empty(self._elements, dtype=values.dtype)
-        for number, order in enumerate(self._orders):
-            piece = values[number * _PIECE : (number + 1) * _PIECE][order.astype(np.intp)]  # else several times slower
-            for run, place in self._of_piece(number):
-                found[place] = piece[run]
+    def steps_to(self, tuned: Unsigned) -> tuple[Unsigned, Counts]:
+        """`steps` of the elements in this order, [elements], and how many elements there are of each exponent."""
+        runs = []  # where a piece begins, and its exponents
+        totals: Counter[int] = Counter()
+        values = np.empty_like(self._base)  # every piece in its own order
+        for place, order, sizes in self._pieces():
+            values[place] = steps(self._base[place], tuned[place])[order]
+            totals.update(sizes)
+            runs.append((place.start, sizes))
+        counts = sorted(totals.items())
+        next_of = _starts(counts)
+        found = np.empty_like(values)
+        for start, sizes in runs:
+            for exponent, size in sizes.items():
+                to = next_of[exponent]
+                found[to : to + size] = values[start : start + size]
+                next_of[exponent] = to + size
+                start += size
+        return found, counts
+
+    def tuned(self, values: Unsigned, counts: Counts) -> Unsigned:
+        """The inverse, in the tensor's own order. Raises Damaged if the counts are not those of the base."""
+        next_of, left = _starts(counts), dict(counts)
+        found = np.empty_like(values)
+        for place, order, sizes in self._pieces():
+            piece, start = np.empty(order.size, dtype=values.dtype), 0
+            for exponent, size in sizes.items():
+                if size > left.get(exponent, 0):
+                    raise Damaged(f"the base has more numbers of exponent {exponent} than the update was written for")
+                at = next_of[exponent]
+                piece[start : start + size] = values[at : at + size]
+                next_of[exponent] = at + size
+                left[exponent] -= size
+                start += size
+            apart = np.empty_like(piece)
+            apart[order] = piece
+            found[place] = stepped(self._base[place], apart)
         return found
 
-    def in_place(self, values: Unsigned) -> Unsigned:
-        """The inverse: what `ordered` was given."""
-        found = np.empty(self._elements, dtype=values.dtype)
-        for number, order in enumerate(self._orders):
-            piece = np.empty(order.size, dtype=values.dtype)
-            for run, place in self._of_piece(number):
-                piece[run] = values[place]
-            found[number * _PIECE : (number + 1) * _PIECE][order.astype(np.intp)] = piece
-        return found
+    def _pieces(self) -> Iterator[tuple[slice, NDArray[np.intp], dict[int, int]]]:
+        """Where a piece is, its elements' order, and its exponents, ascending, with the number of their elements."""
+        key = np.uint8 if self._exponents <= 256 else np.uint16
+        for first in range(0, self._base.size, _PIECE):
+            place = slice(first, first + _PIECE)
+            keys = (self._base[place] >> self._mantissa).astype(key)
+            np.bitwise_and(keys, self._exponents - 1, out=keys)  # without the sign
+            order = keys.argsort(kind="stable")  # of small integers: a radix pass
+            low, high = int(keys[order[0]]), int(keys[order[-1]])
+            bounds = keys.searchsorted(np.arange(low, high + 1, dtype=key), sorter=order).tolist()
+            sizes = zip(range(low, high + 1), bounds, [*bounds[1:], keys.size], strict=True)
+            yield place, order, {exponent: end - start for exponent, start, end in sizes if end > start}
 
-    def _of_piece(self, number: int) -> Iterator[tuple[slice, slice]]:
-        """Where the runs of a piece are in its own order and in that of all elements."""
-        begin = 0
-        for exponent in np.flatnonzero(self._runs[number]):
-            size, start = int(self._runs[number, exponent]), int(self._starts[number, exponent])
-            yield slice(begin, begin + size), slice(start, start + size)
-            begin += size
+
+def _starts(counts: Counts) -> dict[int, int]:
+    """Where the elements of each exponent begin."""
+    starts = accumulate((count for _, count in counts), initial=0)
+    return {exponent: start for (exponent, _), start in zip(counts, starts, strict=False)}

@@ -1,7 +1,8 @@
 """Merge folders: Hugging Face checkpoints straight into a new one, without a store or a line.
 
-The mergers, sparsifiers and scalings are those of lines, and so are the numbers. All inputs are checked before anything
-is written; the new folder appears whole or not at all, with a record of how it was made.
+The mergers, sparsifiers and scalings are those of lines, and so are the numbers, except of experts that files store one
+by one: they are merged one by one here, and as one tensor per layer, as transformers holds them, in a line. All inputs
+are checked before anything is written; the new folder appears whole or not at all, with a record of how it was made.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ versions saved.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from tasks.naming import Skeleton
 
 _CHUNK = 1 << 20
-_EMBEDDINGS = ("embed", "wte", "wpe", "shared")
-_NORMS = ("norm", "ln_", ".ln", "layernorm")
+_EMBEDDINGS = re.compile(r".*embed(ding|dings|s|_tokens|_positions|_in)?|wte|wpe|shared|relative_attention_bias")
+_NORMS = ("norm", "ln_", ".ln")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def match(base: Weights, tuned: Sequence[Weights], *, roles: bool) -> Matched:
     first, others = names[0], names[1:]
     for one in others:
         _check_names(first, one)
+    parts = [] if skeleton is None else sorted(first.canonical.keys() - skeleton.slots.keys())
+    if parts and roles:
+        notes.append(
+            f"{len(parts)} tensors are merged one by one, as the files have them: {_some(parts)}. A line holds"
+        )
+        notes[-1] += " the experts of a layer as one tensor, and merges them together"
     parameters = [_parameter(name, first, others, skeleton) for name in sorted(first.canonical)]
     return Matched(parameters, first.extras, notes)
 
@@ -179,15 +186,18 @@ def _skeleton(folder: Path) -> Skeleton:
 
 
 def role_by_name(name: str, shape: Sequence[int]) -> str:
-    """What role a parameter probably has: for architectures without a class, and parts of fused parameters."""
+    """What role a parameter probably has: for architectures without a class, and parts of fused parameters.
+
+    Leaf modules call what they have `weight` and `bias`; anything else belongs to a module that has others in it.
+    """
     module, _, leaf = name.rpartition(".")
-    if not module:
-        return "bare"
-    if any(word in f".{module}" for word in _NORMS):
+    if any(word in f".{module}".lower() for word in _NORMS):
         return f"norm.{leaf}"
+    if leaf not in ("weight", "bias") or not module:
+        return "bare"
     if len(shape) > 2:
         return f"conv.{leaf}"
-    embedding = len(shape) == 2 and any(word in module for word in _EMBEDDINGS)
+    embedding = len(shape) == 2 and _EMBEDDINGS.fullmatch(module.rpartition(".")[2])
     return f"{'embedding' if embedding else 'linear'}.{leaf}"
 
 

@@ -29,6 +29,7 @@ from tasks.mergers.base import Mix
 from tasks.mergers.vectors import kept
 from tasks.parallel import Budget, Report, in_order
 from tasks.recipe import Recipe
+from tasks.scalings import AnyScaling
 from tasks.stored import added
 
 _JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
@@ -272,12 +273,20 @@ class Passes:
         deltas = [self._delta(piece, index) for index in range(self._count)]
         return self._mixes[piece.parameter.target.name](deltas, piece.start)
 
+    def _shares(self, scaling: AnyScaling, deltas: Sequence[Tensor]) -> Iterator[Sums]:
+        """What the scaling finds in each of one parameter's updates, and in their sum up to it."""
+        total = None
+        for delta, weight in zip(deltas, self._sources.weights, strict=True):
+            if scaling.needs_total:
+                total = delta * weight if total is None else total + delta * weight
+            yield scaling.share(delta, total)
+
     def _combine(self, piece: Piece, outcome: _Outcome) -> Tensor:
         merger, scaling = self._recipe.merger, self._recipe.scaling
         assert isinstance(merger, Joint)
         deltas = [self._delta(piece, index) for index in range(self._count)]
         if scaling is not None:
-            outcome.shares.extend(scaling.share(delta, None) for delta in deltas)
+            outcome.shares.extend(self._shares(scaling, deltas))
         if not any(bool(delta.any()) for delta in deltas):
             return deltas[0]
         base = piece.shaped(piece.base)

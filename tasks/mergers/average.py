@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tasks.mergers.base import Facts, Parts, RunningSum, Target
+from tasks.mergers.base import Facts, Parts, PlainSum, Target
 
 
 @dataclass(frozen=True)
-class Average(RunningSum):
+class Average(PlainSum):
     """delta_t = sum of w_i tau_i / sum of w_i. The state is the sum; the division happens when the model is written.
 
     Without weights it is fusion_bench's average and continual average, with them mergekit's `linear`.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tasks.choice import Choice
+from tasks.packed import Planes, added
 from tasks.select import Stream
 
 Parts = dict[str, Tensor]
@@ -85,6 +86,15 @@ class Sequential(Merger):
         """
         raise NotImplementedError
 
+    def fold_planes(
+        self, state: Parts | None, planes: Planes, target: Target, facts: Facts, survey: Facts
+    ) -> tuple[Parts, Sums] | None:
+        """`fold` of a ternary delta on its planes of bits (tasks/packed.py), which is never dense; the same bits.
+
+        None if the method needs the numbers spread out, as most do. Parts are flat or of any shape, on the CPU.
+        """
+        return None
+
     def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
         """The facts of the new state from those of the old one, the sums over all tensors, and the survey."""
         return {"count": counted(facts)}
@@ -108,6 +118,13 @@ class Joint(Merger):
     def combine(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], target: Target) -> Tensor:
         """Merged minus base for one tensor. `base` and `deltas` have its shape, in float32 or float64."""
         raise NotImplementedError
+
+    def combine_planes(self, deltas: Sequence[Planes], weights: Sequence[float], target: Target) -> Tensor | None:
+        """`combine` of ternary deltas on their planes of bits, flat, in float32; what it adds up may round differently.
+
+        None if the method needs the numbers spread out.
+        """
+        return None
 
     @property
     def entrywise(self) -> bool:
@@ -142,6 +159,16 @@ class RunningSum(Sequential):
     def close(self, facts: Facts, sums: Sums, survey: Facts) -> Facts:
         """`weight`: the sum of the updates' weights."""
         return {"count": counted(facts), "weight": facts.get("weight", 0.0) + weight_of(survey)}
+
+
+@dataclass(frozen=True)
+class PlainSum(RunningSum):
+    """A running sum of the updates as they are: of ternary ones it adds up the planes."""
+
+    def fold_planes(
+        self, state: Parts | None, planes: Planes, target: Target, facts: Facts, survey: Facts
+    ) -> tuple[Parts, Sums]:
+        return {"sum": added(None if state is None else state["sum"], planes, weight_of(survey))}, {}
 
 
 def weight_of(survey: Facts) -> float:

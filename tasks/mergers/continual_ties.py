@@ -23,7 +23,8 @@ from tasks.select import Stream
 @dataclass(frozen=True)
 class ContinualTies(Sequential):
     """`density`: fraction kept of the merged delta and of the newcomer, each trimmed as a whole model (as `ties` with
-    trim model does). `scale`: of what every step adds. `aggregate`: of the one or two values that agree in sign.
+    trim model does). `scale`: of what every step adds. `aggregate`: of the one or two values that agree in sign their
+    sum, their mean, or the one of the larger magnitude.
 
     The defaults are fusion_bench's, with which the tables of arXiv 2501.09522 and 2505.11883 were made: 0.2, 0.5, sum.
     Entries whose two values cancel take the majority sign of the step. An update of zeros changes nothing; fusion_bench
@@ -37,7 +38,7 @@ class ContinualTies(Sequential):
     version: Literal[1] = 1
     density: float = 0.2
     scale: float = 0.5
-    aggregate: Literal["sum", "mean"] = "sum"
+    aggregate: Literal["sum", "mean", "max"] = "sum"
 
     def __post_init__(self) -> None:
         require(0 < self.density <= 1, "density", "in (0, 1]", self.density)
@@ -77,6 +78,8 @@ class ContinualTies(Sequential):
         sign = (one + other).sign()
         sign = torch.where(sign == 0, majority, sign)
         agreeing = [torch.where(value.sign() == sign, value, 0) for value in (one, other)]
+        if self.aggregate == "max":
+            return torch.where(agreeing[0].abs() >= agreeing[1].abs(), agreeing[0], agreeing[1])
         merged = agreeing[0] + agreeing[1]
         if self.aggregate == "mean":
             return torch.where((agreeing[0] != 0) & (agreeing[1] != 0), merged / 2, merged)

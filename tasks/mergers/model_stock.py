@@ -17,6 +17,7 @@ from torch import Tensor
 from storage.errors import InvalidInput
 from tasks.mergers.base import Joint, Target
 from tasks.mergers.vectors import gram, in_fixed_order, mixture
+from tasks.packed import Planes, added, dot, total
 
 _LEAST = 1e-6  # mergekit's lower bound for the product of two norms
 
@@ -47,20 +48,27 @@ class ModelStock(Joint):
         if len(deltas) == 1:
             return deltas[0]
         deltas, _ = in_fixed_order(deltas, weights)
-        gram_KK = gram(deltas)
+        return mixture(deltas, [self._share(gram(deltas), target)] * len(deltas))
+
+    def combine_planes(self, deltas: Sequence[Planes], weights: Sequence[float], target: Target) -> Tensor | None:
+        if len(deltas) == 1:
+            return added(None, deltas[0])
+        products = [[dot(one, other) for other in deltas] for one in deltas]
+        share = self._share(torch.tensor(products, dtype=torch.float64), target)
+        return total(deltas, [share] * len(deltas))
+
+    def workspace(self, updates: int) -> float:
+        """The deltas, and at most three tensors in float64."""
+        return updates + 7
+
+    def _share(self, gram_KK: Tensor, target: Target) -> float:
+        """What every update counts: t / N. 0 if all of them are zeros."""
         norm_K = gram_KK.diagonal().sqrt()
         if self.variant == "fixed":
             live_K = norm_K > 0
             gram_KK, norm_K = gram_KK[live_K][:, live_K], norm_K[live_K]
         count = len(norm_K)
-        if count == 0:
-            return torch.zeros_like(deltas[0])
-        ratio = self._ratio(gram_KK, norm_K, target)
-        return mixture(deltas, [ratio / count] * len(deltas))
-
-    def workspace(self, updates: int) -> float:
-        """The deltas, and at most three tensors in float64."""
-        return updates + 7
+        return self._ratio(gram_KK, norm_K, target) / count if count else 0.0
 
     def _ratio(self, gram_KK: Tensor, norm_K: Tensor, target: Target) -> float:
         """t of the N updates that count."""

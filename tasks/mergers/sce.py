@@ -50,7 +50,7 @@ class Sce(Joint):
     source: ClassVar[str] = "arXiv 2408.07990"
 
     name: Literal["sce"] = "sce"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     select_topk: float = 0.1
     variant: Literal["paper", "fuseai", "mergekit"] = "paper"
 
@@ -162,14 +162,16 @@ def _small(deltas: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The biased variance of every entry over the deltas, in float64; exactly 0 where they are equal."""
-    first = deltas[0].double()  # around the first one, so that equal values leave no rounding behind
-    others = [delta.double() - first for delta in deltas[1:]]
-    mean = torch.zeros_like(first)
-    for one in others:
-        mean += one
-    mean /= len(deltas)
-    squares = mean.square()
-    for one in others:
-        squares += (one - mean).square_()
-    return squares.div_(len(deltas))
+    """The biased variance of every entry over the deltas, in float64; exactly 0 where they are equal.
+
+    (K * sum of x^2 - (sum of x)^2) / K^2 with x = delta_j - delta_0, so that nothing cancels. Unlike squares around a
+    mean, which a division has rounded, it is exact for numbers of few digits: entries that one of three updates moved
+    by the same step vary alike whichever it was, and tie.
+    """
+    first = deltas[0].double()
+    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for delta in deltas[1:]:
+        apart = delta.double() - first
+        total += apart
+        squares.addcmul_(apart, apart)
+    return squares.mul_(len(deltas)).sub_(total.square_()).div_(len(deltas) ** 2)

@@ -74,6 +74,25 @@ def leading(matrix_RC: Tensor, alpha: float, *, reach: bool = False) -> Thin:
     return Thin(U[:, :r], s[:r], Vh[:r])
 
 
+def singular_values(matrix_RC: Tensor) -> Tensor:
+    """All K values alone, in descending order, in float64: from the Gram matrix of the smaller side in float64.
+
+    Values below s_0 * sqrt(K * 2e-16), about 5e-7 for K = 1000, are what rounding leaves of zeros, and are zeros here.
+    """
+    rows, columns = matrix_RC.shape
+    tall_MN = matrix_RC.T if rows < columns else matrix_RC
+    found_K = torch.zeros(min(rows, columns), dtype=torch.float64, device=matrix_RC.device)
+    if not matrix_RC.any():
+        return found_K
+    top = matrix_RC.abs().max().double()  # so that no square leaves the range of float64
+    scaled = _gram(tall_MN.double() / top, torch.float64)
+    assert scaled is not None
+    gram_NN, size = scaled
+    squares_K = torch.linalg.eigvalsh(gram_NN, UPLO="L").flip(0)
+    rounding = len(found_K) * torch.finfo(torch.float64).eps * squares_K[0]
+    return torch.where(squares_K > rounding, squares_K.clamp(min=0) * size, found_K).sqrt() * top
+
+
 def protected(s_K: Tensor, alpha: float, *, reach: bool = False) -> int:
     """How many leading values make up the share `alpha`, in [0, 1), of the sum of all.
 

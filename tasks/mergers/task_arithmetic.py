@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.mergers.base import Facts, Parts, RunningSum, Target
+from tasks.mergers.base import Facts, Parts, PlainSum, Target
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(RunningSum):
+class TaskArithmetic(PlainSum):
     """delta_t = scale * sum of w_i tau_i; the paper has no weights.
 
     `scale`: 0.3 is usual for many tasks, and fusion_bench's default, also of its continual variant, which is the same.

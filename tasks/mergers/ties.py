@@ -2,7 +2,8 @@
 
 All three steps stream exactly. Trimming looks at one update alone. The elected sign is the sign of the sum of all
 trimmed values, and the agreeing values are either all positive or all negative ones: so four running tensors, the sums
-and the counts of the positive and of the negative values, hold all that the joint method over all updates needs.
+of the positive and of the negative values, and how many there are of each, hold all that the joint method over all
+updates needs.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class Ties(Sequential):
                 1 / density entries loses all of them
     tie: the sign of an entry whose trimmed values sum to exactly zero
         majority  that of most elected entries of the whole model (the released code's `resolve_zero_signs`); where
-                  the model is undecided too, the entry stays zero
+                  the model is undecided too, the entry stays zero (that code takes the negative values of it)
         positive  +
-    aggregate: of the values that agree in sign: their mean, weighted if the updates are, or their sum. An update's
-        weight multiplies its values after trimming and before the election.
+    aggregate: of the values that agree in sign: their mean, weighted if the updates are, their sum, or the one of the
+        largest magnitude (max). An update's weight multiplies its values after trimming and before the election.
 
-    The paper and its released code average with scale 1. fusion_bench sums with scale 0.3. mergekit's `ties` is
-    trim tensor, tie positive, mean, with its `lambda` as the scale (or sum, for `normalize: false`).
+    The paper and its released code average with scale 1; that code also has sum and max. fusion_bench sums with scale
+    0.3. mergekit's `ties` is trim tensor, tie positive, mean, with its `lambda` as the scale (or sum, for
+    `normalize: false`).
     """
 
     source: ClassVar[str] = "arXiv 2306.01708"
@@ -49,7 +51,7 @@ class Ties(Sequential):
     version: Literal[1] = 1
     density: float = 0.2
     scale: float = 1.0
-    aggregate: Literal["mean", "sum"] = "mean"
+    aggregate: Literal["mean", "sum", "max"] = "mean"
     trim: Literal["model", "tensor"] = "model"
     tie: Literal["majority", "positive"] = "majority"
 
@@ -79,15 +81,14 @@ class Ties(Sequential):
         trimmed = keep(delta, known["threshold"], known.get("until", math.inf), int(known.get("start", 0)))
         weight = weight_of(survey)
         share = trimmed if weight == 1 else trimmed * weight
-        sign = trimmed.sign()
-        parts = {
-            "positive": share.clamp(min=0),
-            "negative": share.clamp(max=0),
-            "positive_count": _count(sign, weight),
-            "negative_count": _count(sign.neg_(), weight),
-        }
+        parts = {"positive": share.clamp(min=0), "negative": share.clamp(max=0)}
+        if self.aggregate == "max":
+            parts |= {"highest": share.clamp(min=0), "lowest": share.clamp(max=0)}
+        else:
+            sign = trimmed.sign()
+            parts |= {"positive_count": _count(sign, weight), "negative_count": _count(sign.neg_(), weight)}
         if state is not None:
-            parts = {key: _added(part, state[key]) for key, part in parts.items()}
+            parts = {key: _JOINED.get(key, _added)(part, state[key]) for key, part in parts.items()}
         if self.tie == "positive":
             return parts, {}
         return parts, {"majority": balance(parts["positive"] + parts["negative"])}
@@ -106,7 +107,8 @@ class Ties(Sequential):
             up = 1 - down
         elif tie < 0:
             down = 1 - up
-        chosen = (state["positive"] * up).add_(state["negative"] * down)
+        ends = ("highest", "lowest") if self.aggregate == "max" else ("positive", "negative")
+        chosen = (state[ends[0]] * up).add_(state[ends[1]] * down)
         if self.aggregate == "mean":
             count = (state["positive_count"] * up).add_(state["negative_count"] * down)
             chosen /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
@@ -145,3 +147,6 @@ def _count(sign: Tensor, weight: float) -> Tensor:
 def _added(ours: Tensor, other: Tensor) -> Tensor:
     """The sum, in the wider dtype; in the place of `ours`, which nobody else holds, if that has it."""
     return ours.add_(other) if torch.result_type(ours, other) == ours.dtype else ours + other
+
+
+_JOINED = {"highest": torch.maximum, "lowest": torch.minimum}  # how a part of the newcomer and the state's become one

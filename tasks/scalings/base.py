@@ -23,7 +23,11 @@ class Scaling(Protocol):
 
     @property
     def needs_total(self) -> bool:
-        """Whether `share` needs the sum of all updates, each times its weight, which the state then keeps."""
+        """Whether `share` needs the sum of all updates, each times its weight.
+
+        The state of a sequential merger then keeps it. That of a joint one is a list: the sum is added up when the
+        model is written, and what `share` says of it, added over the tensors, joins the facts that `close` gave.
+        """
         ...
 
     def share(self, delta: Tensor, total: Tensor | None) -> Sums:

@@ -45,24 +45,33 @@ def block_of(name: str) -> Block | None:
     return Block(found["stack"], int(found["stage"]), int(inner["index"]) if inner else 0, inside)
 
 
+def blocks_of(names: Iterable[str]) -> dict[str, Block]:
+    """The blocks of those names that are in one.
+
+    A stack without modules is no stack of blocks: `head.layers.0.weight` is a layer of a small head.
+    """
+    blocks = {name: block for name in names if (block := block_of(name))}
+    stacks = {block.stack for block in blocks.values() if block.inside}
+    return {name: block for name, block in blocks.items() if block.stack in stacks}
+
+
 def depths(names: Iterable[str]) -> Mapping[str, float]:
     """(l - 1) / (L - 1) of every name: 0 in the first block of its stack and outside of blocks, 1 in the last.
 
     The one block of a stack of one is its first. Raises InvalidInput if there are names, and none is in a block.
     """
     names = list(names)
-    blocks = {name: block for name in names if (block := block_of(name))}
-    # a stack without modules is no stack of blocks: `head.layers.0.weight` is a layer of a small head
-    stacks = {block.stack for block in blocks.values() if block.inside}
-    if names and not stacks:
+    blocks = blocks_of(names)
+    if names and not blocks:
         raise InvalidInput(
             f"expected parameters in blocks, such as 'layers.0.mlp.weight', found {_some(names)}",
             remedy="Scaling by depth does not know this architecture: take the scaling `match_norm`, or none",
         )
+    stacks = {block.stack for block in blocks.values()}
     places = {stack: _places(block for block in blocks.values() if block.stack == stack) for stack in stacks}
     found = dict.fromkeys(names, 0.0)
     for name, block in blocks.items():
-        first, count = places.get(block.stack, ([], 1))
+        first, count = places[block.stack]
         if count > 1:
             found[name] = (first[block.stage] + block.number) / (count - 1)
     return found

@@ -25,7 +25,9 @@ class Lines(Choice):
     rule
         multi   alpha = (|sum of tau_i|_1 / |merged|_1) / N over the whole model. With L1 norms, as in the released
                 code. N is the number of updates, or the sum of their weights, which then are in the sum too. What the
-                merger itself scales by cancels out. One update has nobody to make room for: its beta is 0.
+                merger itself scales by cancels out. One update has nobody to make room for: its beta is 0. The state
+                of a sequential merger keeps that sum too, one number more per parameter; of a joint one it is added up
+                when the model is written.
         single  alpha is given and beta = 1 - alpha: for one update, to keep what the base could do.
     beta: 0.5 if absent, a choice without data: the last block takes one half more of the sum than the first one.
 

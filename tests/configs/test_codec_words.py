@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from configs.codec_words import codec_from_words
+from configs.chain import load_chain
+from configs.codec_words import codec_from_words, with_codec
 from storage.errors import InvalidInput
 from tasks.codecs import Ternary
+from tasks.codecs.rtn import Rtn
 
 
 def test_a_name_and_settings_make_a_codec() -> None:
@@ -29,3 +31,15 @@ def test_a_name_and_settings_make_a_codec() -> None:
 def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         codec_from_words(words[0], words[1:])
+
+
+def test_a_chain_with_another_codec_has_lines_of_its_own() -> None:
+    plain = load_chain("smoke")
+    other = with_codec(plain, "rtn bits=2")
+    assert other.codec == Rtn(bits=2)
+    assert [line.name for line in other.lines] == [f"{line.name}-rtn-bits-2" for line in plain.lines]
+    assert (other.base, other.tasks) == (plain.base, plain.tasks)
+    with pytest.raises(InvalidInput, match="did you mean ternary"):
+        with_codec(plain, "ternry density=0.1")
+    with pytest.raises(InvalidInput):
+        with_codec(plain, " ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -204,10 +205,38 @@ class TestObjectStore:
 
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_keys_that_could_lead_elsewhere_are_refused(self, objects: ObjectStore, key: str) -> None:
-        for use in (objects.get, objects.size, lambda key: objects.put(key, b""), lambda key: objects.create(key, b"")):
+        writes = (lambda key: objects.put(key, b""), lambda key: objects.create(key, b""))
+        for use in (objects.get, objects.size, objects.stat, objects.delete, *writes):
             with pytest.raises(InvalidInput, match="not an object key"):
                 use(key)
         assert list(objects.list("")) == []
+
+    def test_listed_tells_sizes_and_times(self, objects: ObjectStore) -> None:
+        before = time.time()
+        objects.put("blob/a", b"12345")
+        objects.create("blob/b", b"")
+        objects.put("other", b"1")
+        found = list(objects.listed("blob/"))
+        assert [(one.key, one.bytes) for one in found] == [("blob/a", 5), ("blob/b", 0)]
+        assert all(before - 2 <= one.modified <= time.time() + 2 for one in found)
+        assert [one.key for one in objects.listed("")] == list(objects.list(""))
+        stat = objects.stat("blob/a")
+        assert stat is not None and stat[:2] == ("blob/a", 5)
+        assert abs(stat.modified - found[0].modified) < 1  # S3 tells whole seconds in one answer and less in another
+        assert objects.stat("nothing/here") is None
+
+    def test_what_is_deleted_is_gone_and_may_be_written_again(self, objects: ObjectStore) -> None:
+        objects.put("blob/a", b"1")
+        objects.put("blob/ab", b"2")
+        objects.delete("blob/a")
+        objects.delete("blob/a")  # twice is no error: a retried request must not fail
+        objects.delete("nothing/here")
+        assert list(objects.list("")) == ["blob/ab"]
+        assert objects.size("blob/a") is None
+        with pytest.raises(Missing):
+            objects.get("blob/a")
+        assert objects.create("blob/a", b"3")
+        assert objects.get("blob/a") == b"3"
 
     def test_the_address_opens_the_same_store(self, objects: ObjectStore) -> None:
         objects.put("key", b"content")
@@ -279,6 +308,11 @@ class StoreModel(RuleBasedStateMachine):
         self.model.setdefault(key, data)
 
     @rule(key=_NAMES)
+    def delete(self, key: str) -> None:
+        self.store.delete(key)
+        self.model.pop(key, None)
+
+    @rule(key=_NAMES)
     def get(self, key: str) -> None:
         found = None
         with suppress(Missing):
@@ -291,8 +325,11 @@ class StoreModel(RuleBasedStateMachine):
 
     @invariant()
     def sizes_agree(self) -> None:
-        for key, data in getattr(self, "model", {}).items():
+        model = getattr(self, "model", {})
+        for key, data in model.items():
             assert self.store.size(key) == len(data)
+        if model:
+            assert {one.key: one.bytes for one in self.store.listed("")} == {key: len(model[key]) for key in model}
 
 
 class MemoryModel(StoreModel):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from storage.errors import InvalidInput
 from storage.manifest import canonical
-from tasks.mergers import Facts, Joint, TaskArithmetic
-from tasks.mergers.karcher import Karcher
+from tasks.mergers import Facts, TaskArithmetic
 from tasks.recipe import Recipe
 from tasks.scalings import SCALINGS, AnyScaling, Lines, MatchNorm
 
@@ -150,15 +149,6 @@ def test_settings_are_all_a_scaling_is(scaling: AnyScaling) -> None:
     assert SCALINGS[scaling.name](**json.loads(canonical(scaling.spec()))) == scaling
     recipe = Recipe(TaskArithmetic(), scaling=scaling)
     assert Recipe.from_spec(json.loads(canonical(recipe.spec())), "here") == recipe
-
-
-def test_only_what_a_joint_merger_keeps_can_scale_it(scaling: AnyScaling) -> None:
-    assert issubclass(Karcher, Joint)
-    if scaling.needs_total:
-        with pytest.raises(InvalidInput, match="sum of the updates"):
-            Recipe(Karcher(), scaling=scaling)
-    else:
-        Recipe(Karcher(), scaling=scaling)
 
 
 @pytest.mark.parametrize(

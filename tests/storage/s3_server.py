@@ -45,7 +45,7 @@ def running_s3_server() -> Iterator[dict[str, str]]:
             yield {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
                 "AWS_ACCESS_KEY_ID": "deltaworks",  # fixed in infra/s3-server
-                "AWS_SECRET_ACCESS_KEY": "deltaworks-test",
+                "AWS_SECRET_ACCESS_KEY": "known-to-all",
                 "AWS_DEFAULT_REGION": "us-east-1",
             }
         finally:

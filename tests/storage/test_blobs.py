@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.artifacts import FRESH, ArtifactStore
 from storage.blobs import DTYPES, decode_parts, encode_parts
 from storage.errors import Damaged
+from storage.objects import DirectoryObjects
 
 
 def read(data: bytes) -> dict[str, torch.Tensor]:
@@ -76,6 +81,9 @@ def attacked(**changes: object) -> bytes:
         attacked(data_offsets=[4, 12]),
         attacked(data_offsets=[0]),
         attacked(shape=[2**62, 2**62]),
+        attacked(shape=[1e999]),
+        attacked(shape=[0, 2**70], data_offsets=[0, 0]),
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
     ],
 )
 def test_broken_files_are_damaged(data: bytes) -> None:
@@ -89,3 +97,15 @@ def test_files_are_those_that_safetensors_writes() -> None:
     parts |= {'é\u2028"\\\n\x01': torch.zeros(()), "turned": torch.randn(4, 3).T, "none": torch.zeros(0, 5)}
     assert encode_parts(parts) == safetensors.torch.save({key: part.contiguous() for key, part in parts.items()})
     assert encode_parts({}) == safetensors.torch.save({})
+
+
+def test_an_old_blob_that_is_written_again_is_as_if_new(tmp_path: Path) -> None:
+    """A prune goes by the age of objects: what is in use again must not look forgotten."""
+    store = ArtifactStore(DirectoryObjects(tmp_path))
+    name = store.write_blob(b"shared")
+    path = tmp_path / "blob" / name
+    for age, fresh in ((FRESH / 2, False), (FRESH * 2, True)):
+        then = time.time() - age
+        os.utime(path, (then, then))
+        store.write_blob(b"shared")
+        assert (path.stat().st_mtime > then + 1) is fresh

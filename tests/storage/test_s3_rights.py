@@ -148,14 +148,18 @@ class TestTheWay:
             assert hashlib.sha256(LARGE[:100_000]).hexdigest() in sent
 
     @pytest.mark.parametrize(
-        ("setting", "address"), [("path", "s3.example/b/a/key"), ("virtual", "b.s3.example/a/key")]
+        ("setting", "address"), [("path", "s3.example/models/a/key"), ("virtual", "models.s3.example/a/key")]
     )
     def test_where_the_bucket_is_written(self, monkeypatch: pytest.MonkeyPatch, setting: str, address: str) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example")
         monkeypatch.setenv("DELTAWORKS_S3_ADDRESSING", setting)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        signed = S3Objects("b", "a").connected().generate_presigned_url("get_object", {"Bucket": "b", "Key": "a/key"})
+        signed = (
+            S3Objects("models", "a")
+            .connected()
+            .generate_presigned_url("get_object", {"Bucket": "models", "Key": "a/key"})
+        )
         assert signed.startswith(f"https://{address}?")
 
     def test_no_secret_is_written_down(

@@ -23,7 +23,7 @@ from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import Leaf
 from tasks.codecs.exact import Exact
 from tasks.codecs.streams import tensor_digest
-from tasks.codecs.ulps import ByExponent, bits_of, from_bits, ranked, stepped, steps, unranked
+from tasks.codecs.ulps import ByExponent, bits_of, from_bits, stepped, steps
 from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
 from tasks.tensors import dtype_name, read_delta, read_tensor
@@ -82,16 +82,17 @@ def test_any_bits_come_back(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_ranks_rise_with_the_floats_and_steps_count_them(dtype: torch.dtype) -> None:
-    values = torch.tensor([-torch.inf, -2.0, -1.0, -0.0, 0.0, 1e-3, 1.0, 2.0, torch.inf], dtype=dtype)
-    ranks = ranked(bits_of(values))
-    assert (np.diff(ranks.astype(object)) > 0).all()
-    assert np.array_equal(unranked(ranks), bits_of(values))
-    up = torch.nextafter(values[1:8].float(), torch.tensor(torch.inf)) if dtype == torch.float32 else None
-    if up is not None:
-        assert steps(bits_of(values[1:8]), bits_of(up)).tolist() == [2, 2, 4, 2, 2, 2, 2]  # -0 to the least: over 0
+def test_steps_count_floats(dtype: torch.dtype) -> None:
+    """Odd towards 0, even away from it, two for each float; and a change of sign comes back too."""
+    values = torch.tensor([-2.0, -1.0, 1e-3, 1.0, 2.0], dtype=dtype)
+    word = bits_of(values).dtype.type
+    assert steps(bits_of(values), bits_of(values) + word(3)).tolist() == [6] * 5
+    assert steps(bits_of(values), bits_of(values) - word(3)).tolist() == [5] * 5
+    if dtype == torch.float32:
+        away = torch.nextafter(values, values * 2)
+        assert steps(bits_of(values), bits_of(away)).tolist() == [2] * 5
     assert np.array_equal(
-        stepped(bits_of(values), steps(bits_of(values), bits_of(values.flip(0)))), bits_of(values.flip(0))
+        stepped(bits_of(values), steps(bits_of(values), bits_of(-values.flip(0)))), bits_of(-values.flip(0))
     )
 
 
@@ -100,10 +101,20 @@ def test_elements_are_ordered_by_exponent_and_place(elements: int) -> None:
     """Over several pieces, as a stable sort of all would do it; and back."""
     base = (torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     exponents = (bits_of(base).astype(np.int64) >> 7) & 0xFF
-    places = np.arange(elements, dtype=np.uint32)
+    tuned = bits_of(moved(base, 0.5))
     order = ByExponent(bits_of(base), 7)
-    assert np.array_equal(order.ordered(places), np.argsort(exponents, kind="stable"))
-    assert np.array_equal(order.in_place(order.ordered(places)), places)
+    found, counts = order.steps_to(tuned)
+    assert np.array_equal(found, steps(bits_of(base), tuned)[np.argsort(exponents, kind="stable")])
+    assert counts == list(zip(*(one.tolist() for one in np.unique(exponents, return_counts=True)), strict=True))
+    assert np.array_equal(order.tuned(found, counts), tuned)
+
+
+def test_counts_of_another_base_are_damage() -> None:
+    base = torch.tensor([1.0, 2.0, 2.0]).bfloat16()
+    order = ByExponent(bits_of(base), 7)
+    for counts in ([(127, 2), (128, 1)], [(127, 1), (129, 2)], [(128, 3)]):
+        with pytest.raises(Damaged, match="exponent"):
+            order.tuned(np.zeros(3, np.uint16), counts)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +159,12 @@ def test_smaller_than_what_slime_ships() -> None:
     xor = bits_of(sides["base"]) ^ bits_of(sides["finetuned"])
     assert np.array_equal(xor.view(np.uint8), layouts["xor"].numpy())
     press = zstandard.ZstdCompressor(level=1).compress
-    header = 300  # of our file, for a tensor of 8 KB
-    assert size - header < min(len(press(one.numpy().tobytes())) for one in layouts.values()) / 1.5
+    leaf = Leaf("w", "bare", sides["finetuned"], sides=lambda: (sides["base"], sides["finetuned"]))
+    streams = [one for key, one in Exact().encode(leaf, {}).parts.items() if key != "meta"]
+    assert sum(one.numel() for one in streams) < size
+    assert (
+        sum(one.numel() for one in streams) < min(len(press(one.numpy().tobytes())) for one in layouts.values()) / 1.5
+    )
 
 
 @settings(max_examples=300, deadline=None)

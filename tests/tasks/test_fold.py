@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +25,16 @@ from tests.builders import checkpoint_of, memory_store, random_tensors, update_o
 
 RECIPES = {name: Recipe(kind()) for name, kind in MERGERS.items()}
 COMPOSED = {
+    "ties of the largest": Recipe(MERGERS["ties"](aggregate="max")),
     "dare": Recipe(Average(), sparsify=Dare(density=0.5)),
     "della": Recipe(TaskArithmetic(), sparsify=Della()),
     "match_norm": Recipe(MERGERS["ties"](), scaling=MatchNorm()),
     "lines": Recipe(MERGERS["ties"](), scaling=Lines()),
+    "lines of a joint one": Recipe(MERGERS["model_stock"](), sparsify=Dare(density=0.5), scaling=Lines()),
     "all": Recipe(MERGERS["opcm"](), sparsify=Dare(density=0.5), scaling=Lines(beta=0.2)),
 }
+# those that leave work to torch which it shares out: decompositions and sums of whole tensors
+THREADED = {**{name: RECIPES[name] for name in ("opcm", "tsv_m", "iso_c", "iso_cts")}, "all": COMPOSED["all"]}
 SIZES = {"layers.0.fc.weight": (6, 4), "layers.1.fc.weight": (6, 4), "layers.1.fc.bias": (6,), "embed.weight": (9, 4)}
 
 
@@ -56,6 +61,31 @@ def test_refs_depend_neither_on_workers_nor_on_memory(recipe: Recipe) -> None:
         store = memory_store()
         base, state = grown(recipe, store, budget)
         found.add((state, materialize(base, state, store, budget=budget)))
+    assert len(found) == 1
+
+
+@pytest.fixture
+def threads_of_torch() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads torch computes on, and sets it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("recipe", THREADED.values(), ids=THREADED)
+def test_refs_do_not_depend_on_the_threads_of_torch(
+    recipe: Recipe, threads_of_torch: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices and vectors so large that torch would share the work out, which rounds sums in another order."""
+    large = {"layers.0.fc.weight": (200, 180), "layers.1.fc.weight": (150, 260), "layers.1.fc.bias": (70_000,)}
+    monkeypatch.setattr("tests.tasks.test_fold.SIZES", large)
+    found = set()
+    for threads, workers in ((1, 1), (2, 1), (2, 2)):
+        threads_of_torch(threads)
+        store = memory_store()
+        base, state = grown(recipe, store, Budget(workers=workers))
+        found.add((state, materialize(base, state, store, budget=Budget(workers=workers))))
+        assert torch.get_num_threads() == threads
     assert len(found) == 1
 
 

@@ -23,12 +23,13 @@ from tasks.extract import Extract, extract_update
 from tasks.folders import passes as folder_passes
 from tasks.folders import pieces as folder_pieces
 from tasks.folders.merge import RECORD, Options, merge_folders
+from tasks.folders.names import role_by_name
 from tasks.folders.reader import Weights, sha256_of
 from tasks.folders.scratch import Scratch
 from tasks.ingest import Checkpoint, ingest
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import MERGERS, Average, Opcm, Target, TaskArithmetic, Ties
+from tasks.mergers import MERGERS, Average, Karcher, Opcm, Target, TaskArithmetic, Ties, TsvM
 from tasks.parallel import Budget
 from tasks.recipe import Recipe
 from tasks.scalings import Lines, MatchNorm
@@ -97,7 +98,9 @@ class TestNumbers:
         same(found, weights_of(through_store(inputs, recipe, tmp_path / "line")))
 
     @pytest.mark.parametrize("scaling", [MatchNorm(), Lines(beta=0.1)], ids=lambda one: one.name)
-    @pytest.mark.parametrize("merger", [Average(), Ties(), Opcm(variant="reference")], ids=lambda one: one.name)
+    @pytest.mark.parametrize(
+        "merger", [Average(), Ties(), Opcm(variant="reference"), Karcher()], ids=lambda one: one.name
+    )
     def test_scalings(self, scaling: Any, merger: Any, tmp_path: Path) -> None:
         inputs, recipe = folders(tmp_path, "CLIPVisionModel"), Recipe(merger, scaling=scaling)
         found = merged(inputs, tmp_path / "out", recipe)
@@ -165,6 +168,33 @@ class TestNumbers:
         monkeypatch.setattr(Scratch, "offer", lambda self, key, parts, _: offered(self, key, parts, 1e9))
         same(merged(inputs, tmp_path / "always", recipe), never)
 
+    @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "CLIPVisionModel", "ViTModel"])
+    @pytest.mark.parametrize("merger", [Opcm(), Opcm(variant="reference", project="matrices")], ids=str)
+    def test_without_a_config_roles_are_told_by_names(self, architecture: str, merger: Any, tmp_path: Path) -> None:
+        inputs = folders(tmp_path, architecture)
+        expected = merged(inputs, tmp_path / "known", Recipe(merger))
+        (inputs[0] / "config.json").unlink()
+        done = merge_folders(inputs[0], inputs[1:], tmp_path / "out", Recipe(merger))
+        same(weights_of(tmp_path / "out"), expected)
+        assert any("by their names and shapes" in note for note in done.notes)
+
+    def test_experts_are_merged_as_the_files_have_them(self, tmp_path: Path) -> None:
+        """Each matrix of each expert by itself, and a note says that a line does otherwise."""
+        inputs = folders(tmp_path, "MixtralForCausalLM")[:3]
+        done = merge_folders(inputs[0], inputs[1:], tmp_path / "out", Recipe(TsvM()))
+        assert any("9 tensors are merged one by one" in note and "experts.0.w1" in note for note in done.notes)
+        name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+        base, one, two, found = (weights_of(folder)[name] for folder in (*inputs, tmp_path / "out"))
+        merger, target = TsvM(), Target(name, "linear.weight")
+        parts, _ = merger.fold(None, one - base, target, {}, {})
+        parts, _ = merger.fold(parts, two - base, target, {"count": 1}, {})
+        assert torch.equal(found, base + merger.delta(parts, {"count": 2}, target))
+        assert not any("one by one" in note for note in merge_folders(*_split(inputs), Recipe(Average())).notes)
+
+
+def _split(inputs: list[Path]) -> tuple[Path, list[Path], Path]:
+    return inputs[0], inputs[1:], inputs[0].parent / "average"
+
 
 class TestFolder:
     def test_it_loads_and_says_how_it_was_made(self, tmp_path: Path) -> None:
@@ -227,6 +257,26 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 
 def to_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "role"),
+    [
+        ("layers.0.mlp.shared_expert.gate_proj.weight", (4, 4), "linear.weight"),
+        ("layers.0.mlp.experts.3.w1.weight", (4, 4), "linear.weight"),
+        ("embeddings_project.weight", (4, 4), "linear.weight"),
+        ("shared.weight", (9, 4), "embedding.weight"),
+        ("bert.embeddings.word_embeddings.weight", (9, 4), "embedding.weight"),
+        ("h.3.ln_1.weight", (4,), "norm.weight"),
+        ("encoder.layer.0.output.LayerNorm.weight", (4,), "norm.weight"),
+        ("visual.class_embedding", (4,), "bare"),
+        ("resblocks.0.attn.in_proj_weight", (12, 4), "bare"),
+        ("visual.conv1.weight", (4, 3, 2, 2), "conv.weight"),
+        ("temperature", (), "bare"),
+    ],
+)
+def test_roles_told_by_names(name: str, shape: tuple[int, ...], role: str) -> None:
+    assert role_by_name(name, shape) == role
 
 
 NORM = "model.norm.weight"

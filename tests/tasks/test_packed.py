@@ -101,9 +101,9 @@ def test_both_ways_of_storing_places_are_read() -> None:
     kinds = set()
     for size, density in ((70_001, 0.01), (70_001, 0.5), (4097, 0.62)):
         dense = ternary((size,), density, 0.25, 4)
-        kinds |= parts_of(dense).keys() & {"gaps", "mask"}
+        kinds |= parts_of(dense).keys() & {"gaps", "fours"}
         check(dense, ternary((size,), 0.3, 0.5, 5))
-    assert kinds == {"gaps", "mask"}
+    assert kinds == {"gaps", "fours"}
 
 
 def test_a_sum_of_one_magnitude_is_exact() -> None:

@@ -17,7 +17,7 @@ from storage.errors import InvalidInput
 from storage.refs import CheckpointRef
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import Average, Opcm, TaskArithmetic, Ties
+from tasks.mergers import Average, Karcher, Opcm, Sce, TaskArithmetic, Ties
 from tasks.naming import Skeleton
 from tasks.recipe import Recipe
 from tasks.scalings import Lines, MatchNorm
@@ -76,11 +76,13 @@ class TestLines:
         for name, tensor in expected.items():
             torch.testing.assert_close(model[name], tensor, rtol=0, atol=5e-7)
 
-    def test_alpha_is_a_ratio_of_l1_norms(self) -> None:
-        """TIES merges something else than the sum. By hand: sums of magnitudes over the whole model, by count."""
+    @pytest.mark.parametrize("merger", [Ties(), Karcher(), Sce(select_topk=0.3)], ids=lambda one: one.name)
+    def test_alpha_is_a_ratio_of_l1_norms(self, merger: Any) -> None:
+        """TIES merges something else than the sum, joint mergers keep none. By hand: sums of magnitudes over the whole
+        model, by count."""
         base, deltas = load_file(GOLDEN / "in_base.safetensors"), [golden_deltas(task) for task in range(3)]
-        plain, _ = written(Recipe(Ties()), base, deltas)
-        scaled, _ = written(Recipe(Ties(), scaling=Lines(beta=0.2)), base, deltas)
+        plain, _ = written(Recipe(merger), base, deltas)
+        scaled, _ = written(Recipe(merger, scaling=Lines(beta=0.2)), base, deltas)
         total = sum(float(sum(one[name] for one in deltas).abs().sum()) for name in base)  # type: ignore[union-attr]
         merged = sum(float((plain[name] - base[name]).double().abs().sum()) for name in base)
         alpha = total / merged / 3

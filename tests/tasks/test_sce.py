@@ -93,6 +93,16 @@ class TestSce:
             found = merged(Sce(select_topk=0.5, variant=variant), [one, two])  # type: ignore[arg-type]
             assert found.nonzero().flatten().tolist() == places
 
+    @pytest.mark.parametrize("step", [0.1, 2**-9, 3e-5])
+    @pytest.mark.parametrize("count", [3, 5, 6, 7])
+    def test_equal_steps_tie_whichever_update_took_them(self, count: int, step: float) -> None:
+        """As tuning in bfloat16 makes them: each entry moved by one step, by one update, up or down."""
+        deltas = [torch.zeros(4 * count) for _ in range(count)]
+        for place in range(4 * count):
+            deltas[place % count][place] = step * (-1) ** (place // count)
+        found = merged(Sce(select_topk=0.3), deltas)
+        torch.testing.assert_close(found, torch.stack(deltas).sum(0))
+
     def test_small_tensors_are_merged(self) -> None:
         """A tenth of five entries is none; the paper's variant selects the one in which the updates differ most."""
         one, two = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([1.0, 2.0, 3.1, 1.0, 5.0])

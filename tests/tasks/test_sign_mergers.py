@@ -57,6 +57,29 @@ class TestTies:
         same(weighted(Ties(density=1.0), one([2.0, 2.0, 5.0], [-1.0, 4.0, 0.0]), [1.0, 3.0]), -1.0, 3.5, 5.0)
         same(weighted(Ties(density=1.0, aggregate="sum"), one([2.0, 2.0], [-1.0, 4.0]), [1.0, 3.0]), -3.0, 14.0)
 
+    def test_max_takes_the_largest_of_those_that_agree(self) -> None:
+        """As in the released code: the largest magnitude of the elected sign, not the largest of all (5, outvoted)."""
+        several = one([1.0, -4.0, 5.0, 1.0], [2.0, -3.0, -3.0, -1.0], [-0.5, 6.0, -4.0, 0.0])
+        merger = Ties(density=1.0, aggregate="max", scale=0.5)
+        # 6 - 7 elects -; the last entry is undecided, and takes the sign of the model: two of three are -
+        same(delta(merger, fold_all(merger, several)), 1.0, -2.0, -2.0, -0.5)
+        same(weighted(Ties(density=1.0, aggregate="max"), one([2.0, 1.0], [-1.0, 3.0]), [1.0, 3.0]), -3.0, 9.0)
+
+    @settings(max_examples=30, deadline=None)
+    @given(arrays.arrays("float64", (5, 8), elements=st.integers(-4, 4)), st.sampled_from([0.3, 0.7, 1.0]))
+    def test_max_streams_the_joint_method(self, rows: Any, density: float) -> None:
+        """With the released code's rules, after every step."""
+        table, merger, state = torch.from_numpy(rows), Ties(density=density, aggregate="max"), None
+        cut = 8 - int(8 * density)
+        bounds = table.abs().sort(dim=1).values[:, cut - 1 : cut] if cut else torch.zeros(5, 1)
+        trimmed = torch.where(table.abs() >= bounds, table, 0)
+        for step, row in enumerate(table, 1):
+            state = fold_weighted(merger, state, {"w": row[None]}, 1.0)
+            sign = trimmed[:step].sum(0).sign()
+            sign[sign == 0] = sign.sum().sign()
+            agreeing = torch.where(trimmed[:step].sign() == sign, trimmed[:step].abs(), 0)
+            assert torch.equal(delta(merger, state)["w"][0], agreeing.amax(0) * sign)
+
     @pytest.mark.parametrize("aggregate", ["mean", "sum"])
     def test_a_weight_of_two_is_the_update_twice(self, aggregate: Any) -> None:
         several, merger = updates(3), Ties(aggregate=aggregate)
@@ -115,7 +138,7 @@ class TestTies:
 
 class TestContinualTies:
     @staticmethod
-    def formula(several: list[Update], density: float, scale: float, mean: bool) -> Tensor:
+    def formula(several: list[Update], density: float, scale: float, aggregate: str) -> Tensor:
         """The recursion on whole vectors, each step by sorting. Of d magnitudes, d - int(density d) lie below."""
         merged = several[0]["w"].flatten() * scale
         for update in several[1:]:
@@ -127,17 +150,21 @@ class TestContinualTies:
             elected = trimmed.sum(0).sign()
             elected[elected == 0] = elected.sum().sign()
             agreeing = torch.where(trimmed * elected > 0, trimmed, 0)
-            total = agreeing.sum(0)
-            merged = merged + scale * (total / (agreeing != 0).sum(0).clamp(min=1) if mean else total)
+            found = {
+                "sum": agreeing.sum(0),
+                "mean": agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1),
+                "max": agreeing.abs().amax(0) * elected,
+            }
+            merged = merged + scale * found[aggregate]
         return merged
 
-    @pytest.mark.parametrize("aggregate", ["sum", "mean"])
+    @pytest.mark.parametrize("aggregate", ["sum", "mean", "max"])
     @pytest.mark.parametrize("density", [0.1, 0.2, 0.7, 1.0])
     def test_it_is_the_recursion(self, density: float, aggregate: Any) -> None:
         generator = torch.Generator().manual_seed(3)
         several = [{"w": torch.randn(11, 9, generator=generator, dtype=torch.float64)} for _ in range(5)]
         merger = ContinualTies(density=density, scale=0.4, aggregate=aggregate)
-        expected = self.formula(several, density, 0.4, aggregate == "mean")
+        expected = self.formula(several, density, 0.4, aggregate)
         found = weighted(merger, several, [1.0] * 5)["w"].flatten()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 

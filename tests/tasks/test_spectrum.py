@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, thin_svd
+from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, singular_values, thin_svd
 
 SHAPES = [(64, 64), (70, 64), (90, 64), (256, 64), (64, 256), (61, 37), (3, 2), (9, 1), (1, 9), (1, 1)]
 EMPTY = [(0, 4), (4, 0), (0, 0)]
@@ -227,3 +227,22 @@ def test_the_same_bits_again() -> None:
     matrix = built(120, 40, graded(40, 50.0)).float()
     for work in (thin_svd, lambda one: leading(one, 0.5)):
         assert all(torch.equal(one, two) for one, two in zip(work(matrix), work(matrix.clone()), strict=True))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_alone(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    found, exact = singular_values(matrix), torch.linalg.svdvals(matrix.double())
+    assert found.dtype == torch.float64 and found.shape == exact.shape
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7)
+    assert torch.equal(singular_values(torch.zeros(shape, dtype=dtype)), torch.zeros(min(shape), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_values_of_zeros_are_zeros_whatever_the_size(size: float) -> None:
+    """A product of rank 3: what rounding leaves of the other values does not count as directions."""
+    wanted = torch.tensor([4.0, 2.0, 1e-3], dtype=torch.float64)
+    found = singular_values(built(50, 40, wanted) * size)
+    torch.testing.assert_close(found[:3] / size, wanted, rtol=1e-8, atol=0)
+    assert not found[3:].any()

@@ -7,6 +7,7 @@ from math import log2
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storage.blobs import encode_parts
-from storage.errors import InvalidInput
+from storage.errors import Damaged, InvalidInput
 from tasks.codecs import Leaf, Ternary
+from tasks.codecs.streams import squeeze_codes, stream
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "compress"
 CASES = {case["name"]: case["hyper"] for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
@@ -66,7 +68,7 @@ def million() -> Tensor:
     return torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)) * 1e-4
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
 def test_size_is_near_the_entropy_bound(million: Tensor, density: float) -> None:
     """H2(k) + k bits per entry bound any code of independent signs at independent places; the header is counted too."""
     codec = Ternary(density=density)
@@ -109,11 +111,27 @@ def test_places_and_signs_come_back(places: set[int], random: Random) -> None:
     assert torch.equal(Ternary.decode(coded.parts, (70_001,)), delta)
 
 
-def test_dense_places_are_written_as_a_mask_when_that_is_smaller() -> None:
+def test_dense_places_are_written_four_to_a_byte() -> None:
     delta = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     parts = Ternary().encode(Leaf("w", "bare", delta), {"threshold": 0.5, "magnitude": 1.0}).parts
-    assert "mask" in parts
+    assert "fours" in parts
     assert torch.equal(Ternary.decode(parts, (4096,)), torch.where(delta.abs() >= 0.5, delta.sign(), 0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 65_537, 65_539])
+def test_four_to_a_byte_whatever_the_size(size: int) -> None:
+    delta = torch.randn(size, generator=torch.Generator().manual_seed(size)).sign()
+    parts = Ternary().encode(Leaf("w", "bare", delta), {"threshold": 0.5, "magnitude": 1.0}).parts
+    assert "fours" in parts
+    assert torch.equal(Ternary.decode(parts, (size,)), delta)
+
+
+@pytest.mark.parametrize("broken", [[0b11_00_00_00, 0], [0, 0b00_00_00_01]], ids=["no entry", "beyond the end"])
+def test_four_to_a_byte_are_checked(broken: list[int]) -> None:
+    parts = Ternary().encode(Leaf("w", "bare", torch.ones(7)), {"threshold": 0.5, "magnitude": 1.0}).parts
+    parts["fours"] = stream(squeeze_codes([np.array(broken, dtype=np.uint8)]))
+    with pytest.raises(Damaged, match="what is no entry"):
+        Ternary.decode(parts, (7,))
 
 
 @pytest.mark.parametrize("settings", [{"density": 0}, {"density": 1}, {"density": -0.1}, {"alpha": 0}, {"alpha": -1}])
