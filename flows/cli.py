@@ -63,9 +63,9 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks ui                         versions in MLflow, runs in Prefect
 
-  deltaworks du                         what takes the room; prune removes what nothing needs
+  deltaworks du                         what takes the room, and prune
 
-  deltaworks mirror s3://backup/store   a whole store beside another; verify --repair-from takes from it
+  deltaworks mirror s3://backup/store   a whole store beside another
 
 [bold]Where things are[/] (environment; a local .deltaworks folder if none is set)
 
@@ -88,18 +88,15 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   DELTAWORKS_MEMORY    what they may take together (4GiB)
 """,
 )
-app.add_typer(line_app, name="line")
-app.add_typer(store_app, name="store")
-app.add_typer(series_app, name="series")
+_UPDATES, _STORE = "Lines, updates and models", "The store"  # panels of --help; what runs things has its own, the first
+app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
+app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
+app.add_typer(store_app, name="store", rich_help_panel=_STORE)
+for _command in (codecs, compress, inspect, similarity, merge, export):
+    app.command(rich_help_panel=_UPDATES)(_command)
+for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
+    app.command(rich_help_panel=_STORE)(_verb)
 line_app.command("fold")(line_fold)
-app.command()(merge)
-app.command()(codecs)
-app.command()(compress)
-app.command()(export)
-app.command()(inspect)
-app.command()(similarity)
-for _command in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
-    app.command()(_command)
 line_app.command("export")(line_export)
 line_app.command("import")(line_import)
 
@@ -143,7 +140,7 @@ def run(
         launch(chosen, place, console, quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=_UPDATES)
 def mergers(
     name: Annotated[str | None, typer.Argument(help="A merger, sparsifier or scaling, for all its settings.")] = None,
 ) -> None:
@@ -155,7 +152,7 @@ def mergers(
             console.print(part)
 
 
-@app.command()
+@app.command(rich_help_panel=_UPDATES)
 def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one: update/1b2c3d")]) -> None:
     """Print an artifact: what it is made of, where it came from, what it costs."""
     with errors_explained():
