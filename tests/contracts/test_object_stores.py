@@ -22,10 +22,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
+from storage.cache import CachedObjects
 from storage.errors import Conflict, Damaged, InvalidInput, Missing, Unavailable
 from storage.lines import Entry, Line
 from storage.manifest import Lineage
 from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.overlay import Overlay
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
 from storage.streams import copy
 
@@ -302,13 +304,24 @@ class StoreModel(RuleBasedStateMachine):
         self.store.put(key, data)
         self.model[key] = data
 
+    @rule(data=_DATA)
+    def put_a_blob(self, data: bytes) -> None:
+        """Under the name that a cache keeps it by."""
+        self.put(key=f"blob/{sha256(data).hexdigest()}", data=data)
+
+    @rule(key=_NAMES, data=_DATA)
+    def write(self, key: str, data: bytes) -> None:
+        self.store.write(key, len(data), [data[:7], data[7:]])
+        self.model[key] = data
+
     @rule(key=_NAMES, data=_DATA)
     def create(self, key: str, data: bytes) -> None:
         assert self.store.create(key, data) is (key not in self.model)
         self.model.setdefault(key, data)
 
-    @rule(key=_NAMES)
-    def delete(self, key: str) -> None:
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(["a", *sorted(self.model)]))
         self.store.delete(key)
         self.model.pop(key, None)
 
@@ -324,10 +337,11 @@ class StoreModel(RuleBasedStateMachine):
         assert [*self.store.list(prefix)] == sorted(key for key in self.model if key.startswith(prefix))
 
     @invariant()
-    def sizes_agree(self) -> None:
+    def contents_agree(self) -> None:
         model = getattr(self, "model", {})
         for key, data in model.items():
             assert self.store.size(key) == len(data)
+            assert bytes(self.store.view(key)) == b"".join(map(bytes, self.store.read(key))) == data
         if model:
             assert {one.key: one.bytes for one in self.store.listed("")} == {key: len(model[key]) for key in model}
 
@@ -346,12 +360,24 @@ class DirectoryModel(StoreModel):
             self.folder.cleanup()
 
 
-TestMemoryModel = MemoryModel.TestCase
-TestDirectoryModel = DirectoryModel.TestCase
+class CachedModel(DirectoryModel):
+    """With room for a few copies."""
+
+    def make(self) -> ObjectStore:
+        self.folder = TemporaryDirectory()
+        return CachedObjects(MemoryObjects(), Path(self.folder.name), 400)
+
+
+class OverlayModel(DirectoryModel):
+    def make(self) -> ObjectStore:
+        return Overlay(MemoryObjects(), super().make())
+
+
+TestMemoryModel, TestDirectoryModel = MemoryModel.TestCase, DirectoryModel.TestCase
+TestCachedModel, TestOverlayModel = CachedModel.TestCase, OverlayModel.TestCase
 # No deadline: a directory waits for its disk at every write, for as long as the disk likes.
-TestMemoryModel.settings = TestDirectoryModel.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None
-)
+for _test in (TestMemoryModel, TestDirectoryModel, TestCachedModel, TestOverlayModel):
+    _test.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 class TestArtifactsAndLines:
