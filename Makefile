@@ -5,6 +5,7 @@
 #   make bench-merge  merging beside fusion_bench and mergekit, quality of every merger (half an hour)
 #   make bench-compress  codecs beside zstd, zipnn and others: bytes, speed, quality (ten minutes)
 #   make bench-finetune  training beside the plain Trainer: steps a second, start, memory (three minutes)
+#   make bench-store  the store beside boto3, obstore and cp: a folder and a real S3 server (ten minutes)
 #   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP    := .venv/bin/pip --disable-pip-version-check
 # one thread per process: faster for small models, and bit-identical between runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format bench bench-merge bench-compress bench-finetune ui clean
+.PHONY: demo test test-all lint format bench bench-merge bench-compress bench-finetune bench-store ui clean
 
 demo: .venv/.user
 	.venv/bin/deltaworks run demo
@@ -49,6 +50,10 @@ bench-compress: .venv/.dev
 
 bench-finetune: .venv/.dev
 	.venv/bin/python -m tests.benchmarks.training
+
+# PARTS="s3 directory" likewise; SMALL=1 in seconds; obstore takes part where it is installed
+bench-store: .venv/.dev
+	.venv/bin/python -m tests.benchmarks.storing $(PARTS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -28,6 +28,8 @@ class Settings:
               only between equal numbers
     budget:   how many tensors are worked on at once (results do not      DELTAWORKS_WORKERS     cores, up to 16
               depend on it), and the memory they may take together        DELTAWORKS_MEMORY      4GiB
+    cache:    folder for copies of what is read from an s3:// store,      DELTAWORKS_CACHE       none
+              and how much it may hold                                    DELTAWORKS_CACHE_SIZE  20GiB
     """
 
     home: Path
@@ -36,6 +38,8 @@ class Settings:
     device: str
     threads: int
     budget: Budget = field(default_factory=Budget)
+    cache: Path | None = None
+    cache_size: int = 20 * 2**30
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -50,6 +54,8 @@ class Settings:
                 workers=_count("DELTAWORKS_WORKERS", Budget().workers),
                 memory=parse_bytes(os.environ.get("DELTAWORKS_MEMORY", "4GiB")),
             ),
+            cache=Path(cache) if (cache := os.environ.get("DELTAWORKS_CACHE")) else None,
+            cache_size=parse_bytes(os.environ.get("DELTAWORKS_CACHE_SIZE", "20GiB")),
         )
 
 

@@ -18,8 +18,11 @@ from flows.inspect_command import inspect
 from flows.line_commands import line_app
 from flows.line_fold import line_fold
 from flows.merge_command import merge
+from flows.room_commands import du, pin, pins, prune, unpin
 from flows.series_commands import series_app
 from flows.similarity_command import similarity
+from flows.store_command import store_app
+from flows.table_command import table
 from flows.terminal import (
     Memory,
     Quiet,
@@ -27,10 +30,11 @@ from flows.terminal import (
     Workers,
     console,
     embedded_prefect,
-    errors,
     errors_explained,
     open_workplace,
 )
+from flows.transfer_commands import copy, line_export, line_import, mirror
+from flows.verify_command import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,11 +63,17 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks ui                         versions in MLflow, runs in Prefect
 
+  deltaworks du                         what takes the room, and prune
+
+  deltaworks mirror s3://backup/store   a whole store beside another
+
 [bold]Where things are[/] (environment; a local .deltaworks folder if none is set)
 
   DELTAWORKS_HOME      folder of the embedded store and databases
 
   DELTAWORKS_STORE     file:///path, or s3://bucket/prefix and AWS_ variables
+
+  DELTAWORKS_CACHE     a folder for copies of what is read from s3://
 
   MLFLOW_TRACKING_URI  an MLflow server, instead of the embedded database
 
@@ -78,15 +88,17 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   DELTAWORKS_MEMORY    what they may take together (4GiB)
 """,
 )
-app.add_typer(line_app, name="line")
-app.add_typer(series_app, name="series")
+_UPDATES, _STORE = "Lines, updates and models", "The store"  # panels of --help; what runs things has its own, the first
+app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
+app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
+app.add_typer(store_app, name="store", rich_help_panel=_STORE)
+for _command in (codecs, compress, inspect, similarity, merge, export):
+    app.command(rich_help_panel=_UPDATES)(_command)
+for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
+    app.command(rich_help_panel=_STORE)(_verb)
 line_app.command("fold")(line_fold)
-app.command()(merge)
-app.command()(codecs)
-app.command()(compress)
-app.command()(export)
-app.command()(inspect)
-app.command()(similarity)
+line_app.command("export")(line_export)
+line_app.command("import")(line_import)
 
 
 @app.command()
@@ -128,7 +140,7 @@ def run(
         launch(chosen, place, console, quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=_UPDATES)
 def mergers(
     name: Annotated[str | None, typer.Argument(help="A merger, sparsifier or scaling, for all its settings.")] = None,
 ) -> None:
@@ -140,7 +152,7 @@ def mergers(
             console.print(part)
 
 
-@app.command()
+@app.command(rich_help_panel=_UPDATES)
 def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one: update/1b2c3d")]) -> None:
     """Print an artifact: what it is made of, where it came from, what it costs."""
     with errors_explained():
@@ -149,34 +161,6 @@ def show(ref: Annotated[str, typer.Argument(help="A ref, or the beginning of one
         store = open_workplace().store
         for part in show_artifact(store.open(store.resolve(ref))):
             console.print(part)
-
-
-@app.command()
-def verify(
-    ref: Annotated[str | None, typer.Argument(help="A ref, or the beginning of one.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything in the store.")] = False,
-    quiet: Quiet = False,
-) -> None:
-    """Read stored bytes and hold them against the digests that name them. Exit code 1 if anything is wrong."""
-    with errors_explained():
-        if (ref is None) == (not everything):
-            raise typer.BadParameter("give either a ref or --all")
-        place = open_workplace()
-        from flows.board import bar
-        from storage.verify import verify as check
-        from storage.verify import verify_lines
-
-        refs = list(place.store.refs()) if ref is None else [place.store.resolve(ref)]
-        with bar(console, "checking blobs", quiet) as report:
-            verdict = check(place.store, refs, report)
-        findings = [*verdict.findings, *(verify_lines(place.store) if everything else [])]
-        for finding in findings:
-            errors.print(f"[red]bad[/]  {finding.object}\n     {finding.problem}")
-            errors.print(f"     needed by {', '.join(finding.needed_by)}")
-        counted = f"{verdict.artifacts} artifacts, {verdict.blobs} blobs, {verdict.bytes / 1e6:.1f} MB"
-        console.print(f"{counted}: {'all as named' if not findings else f'{len(findings)} bad'}")
-        if findings:
-            raise typer.Exit(1)
 
 
 @app.command()

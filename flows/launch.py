@@ -21,8 +21,7 @@ from storage.tables import write_rows
 
 def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool) -> Outcome:
     """Run `config` and report on `console`."""
-    # an unreachable or forbidden store is said now, not after the first training
-    next(place.store.objects.list("line/"), None)
+    place.store.objects.ready()  # an unreachable, forbidden or unsafe store is said now, not after the first training
     if not quiet:
         lines = ", ".join(line.name for line in config.lines)
         console.print(f"[bold]{config.name}[/]: {len(config.tasks)} tasks into {lines}")

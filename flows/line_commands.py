@@ -74,6 +74,8 @@ def line_rollback(
 ) -> None:
     """Go back to an older state of a line. Nothing is removed: the journal gets one more entry.
 
+    A state that was pruned is merged again from its updates first.
+
     Examples:  deltaworks line rollback demo-opcm 4 --why "roll hurt others"
 
     or, back to a journal entry:  deltaworks line rollback demo-opcm --entry 6 ...
@@ -82,13 +84,15 @@ def line_rollback(
         from flows.tables import journal_table
         from storage.lines import Line
 
-        line = Line(open_workplace().store.objects, name)
+        place = open_workplace()
+        line = Line(place.store.objects, name)
         head = line.head()  # before the history is read: a merge that comes in between makes the commit fail
         to = _target(line, head, step, entry)
         there, now = ((one.state, one.factor, one.step, dict(one.merger)) for one in (to, head))
         if there == now:
             console.print(f"nothing to do: line {name} is at that state")
             return
+        _refold(line, to, place)
         back = line.rollback(to, why, after=head)
         console.print(journal_table(f"{name}, entry {back.number}", [back]))
         if back.state:
@@ -183,6 +187,28 @@ def _rebuild(plan: Plan, place: Workplace, quiet: bool) -> None:
     if server:
         server.await_answer()
     launch_rebuild(plan, console, quiet)
+
+
+def _refold(line: Line, to: Entry, place: Workplace) -> None:
+    """Make the state that a rollback goes to, if it was pruned."""
+    if to.state is None or place.store.has(to.state):
+        return
+    from flows.board import bar
+    from tasks.refold import missing_folds, refold
+
+    history = line.history(until=to.number)
+    folds = history[: [one.state for one in history].index(to.state) + 1]
+    count = len(missing_folds(folds, place.store))
+    console.print(f"{count} {'states were' if count > 1 else 'state was'} pruned: merging again")
+    settings = place.settings
+    with bar(console, "merging again", False) as report:
+        refold(
+            folds,
+            place.store,
+            settings.device,
+            budget=settings.budget,
+            report=lambda done, total, note: report(done, total),
+        )
 
 
 def _target(line: Line, head: Entry, step: int | None, number: int | None) -> Entry:

@@ -47,12 +47,14 @@ def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
         def step(*args: P.args, **kwargs: P.kwargs) -> Any:
             store = here().store
             key = content_key(function.__name__, version, [*args, *kwargs.values()])
+            about = {"step": function.__name__, "version": version}
             found = store.recall(key)
             if found is not None:
+                store.remember(key, found, about)  # in use again: a prune keeps what was remembered lately
                 return cached(found)
             progress.started(label())
             ref = function(*args, **kwargs)
-            store.remember(key, ref, {"step": function.__name__, "version": version})
+            store.remember(key, ref, about)
             progress.finished(label())
             return ref
 

@@ -66,6 +66,7 @@ def open_workplace(verbose: bool = False, memory: str | None = None, workers: in
     defaults = {
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",  # the same for Prefect's client
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
         "PREFECT_CLI_PROMPT": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "0" if verbose else "1",

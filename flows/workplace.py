@@ -22,7 +22,8 @@ class Workplace:
 
     @cached_property
     def store(self) -> ArtifactStore:
-        return ArtifactStore(open_objects(self.settings.store))
+        wanted = self.settings
+        return ArtifactStore(open_objects(wanted.store, wanted.cache, wanted.cache_size))
 
     @cached_property
     def registry(self) -> Registry:

@@ -12,12 +12,16 @@ Blobs of equal content are one object. The manifest is written last, so its exis
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from storage.blobs import Parts, decode_parts, encode_parts
+from storage.drafts import Draft
 from storage.errors import Damaged, InvalidInput, Missing
 from storage.manifest import (
     Asset,
@@ -26,12 +30,13 @@ from storage.manifest import (
     TensorRecord,
     canonical,
     decode_manifest,
-    digest,
-    encode_manifest,
 )
+from storage.manifest import digest as sha256
 from storage.objects import ObjectStore
 from storage.refs import KINDS, Kind, Ref, parse_ref, short
+from storage.streams import Bytes, checked, digest_of, pieces_of, save
 
+FRESH = 24 * 3600.0  # seconds for which a blob that is written again counts as just written: see storage/sweep.py
 _RESTORE = (
     "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
     "`deltaworks verify --all` lists, and run the flow again"
@@ -82,74 +87,13 @@ class Artifact:
             raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
         return bytes(self.store.read_blob(blob, what=f"asset {name!r} of {short(self.ref)}"))
 
-
-class Draft:
-    """A writer. Its blobs are invisible until `commit` writes the manifest that names them."""
-
-    def __init__(self, store: ArtifactStore, kind: Kind, lineage: Lineage) -> None:
-        self._store = store
-        self._kind = kind
-        self._lineage = lineage
-        self._records: dict[str, TensorRecord] = {}
-        self._assets: dict[str, Asset] = {}
-        self.facts: dict[str, Any] = {}
-
-    def add(
-        self,
-        name: str,
-        parts: Mapping[str, Tensor],
-        *,
-        role: str,
-        dtype: str,
-        shape: Sequence[int],
-        codec: str = "dense@1",
-        rank: int | None = None,
-        onto: str | None = None,
-        digest: str | None = None,
-        error: float | None = None,
-        through: Sequence[str] = (),
-    ) -> TensorRecord:
-        """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord."""
-        record = self._store.write_tensor(
-            name,
-            parts,
-            role=role,
-            dtype=dtype,
-            shape=shape,
-            codec=codec,
-            rank=rank,
-            onto=onto,
-            digest=digest,
-            error=error,
-            through=through,
-        )
-        self.share(record)
-        return record
-
-    def share(self, record: TensorRecord) -> None:
-        """List a tensor whose blobs another artifact already stored."""
-        if record.name in self._records:
-            raise InvalidInput(f"tensor {record.name!r} was added twice to one {self._kind}")
-        self._records[record.name] = record
-
-    @property
-    def records(self) -> list[TensorRecord]:
-        return list(self._records.values())
-
-    def add_asset(self, name: str, data: bytes) -> None:
-        self._assets[name] = Asset(self._store.write_blob(data), len(data))
-
-    def share_assets(self, assets: Mapping[str, Asset]) -> None:
-        self._assets.update(assets)
-
-    def commit(self) -> Ref:
-        """Write the manifest and return the artifact's ref."""
-        records = tuple(self._records[name] for name in sorted(self._records))
-        manifest = Manifest(self._kind, self._lineage, records, self.facts, self._assets)
-        data = encode_manifest(manifest)
-        ref = Ref(f"{self._kind}/{digest(data)}")
-        self._store.objects.put(ref, data)
-        return ref
+    def save_asset(self, name: str, path: Path) -> None:
+        """Write an asset into a file, whole or not at all; in pieces, so that its size does not matter."""
+        try:
+            blob = self.manifest.assets[name].blob
+        except KeyError:
+            raise Missing(f"{short(self.ref)} has no asset {name!r}") from None
+        save(self.store.stream_blob(blob, what=f"asset {name!r} of {short(self.ref)}"), path)
 
 
 class ArtifactStore:
@@ -174,7 +118,10 @@ class ArtifactStore:
         name = parse_ref(ref, kind)
         data = self.objects.get(name)
         _check(data, name.partition("/")[2], short(name))
-        return Artifact(self, name, decode_manifest(data, source=short(name)))
+        manifest = decode_manifest(data, source=short(name))
+        if manifest.kind != name.partition("/")[0]:
+            raise Damaged(f"{short(name)} is named a {name.partition('/')[0]}, but says it is a {manifest.kind!r}")
+        return Artifact(self, name, manifest)
 
     def has(self, ref: str) -> bool:
         return self.objects.size(parse_ref(ref)) is not None
@@ -182,7 +129,8 @@ class ArtifactStore:
     def refs(self, kind: Kind | None = None) -> Iterator[Ref]:
         for one in [kind] if kind else KINDS:
             for key in self.objects.list(f"{one}/"):
-                yield parse_ref(key)
+                with suppress(InvalidInput):  # a stray file that somebody put there
+                    yield parse_ref(key)
 
     def resolve(self, text: str) -> Ref:
         """A ref from a full ref or an unambiguous beginning of one (`update/1b2c`), as people type it."""
@@ -221,10 +169,27 @@ class ArtifactStore:
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""
-        name = digest(data)
-        if self.objects.size(f"blob/{name}") != len(data):
-            self.objects.put(f"blob/{name}", data)
+        name = sha256(data)
+        self.keep_blob(name, data)
         return name
+
+    def keep_blob(self, name: str, data: bytes) -> None:
+        """Store `data`, whose sha256 is `name`, unless it is there already."""
+        if not self._is_fresh(name, len(data)):
+            self.objects.put(f"blob/{name}", data)
+
+    def write_file(self, path: Path) -> Asset:
+        """Store a file's content as a blob. The file is read twice: its name must be known before it is sent."""
+        name, size = digest_of(pieces_of(path))
+        if not self._is_fresh(name, size):
+            self.objects.write(f"blob/{name}", size, checked(pieces_of(path), name, what=str(path)))
+        return Asset(name, size)
+
+    def _is_fresh(self, name: str, size: int) -> bool:
+        """Whether a blob is there and need not be written. One that is there since long is written again: a prune that
+        runs at this moment may hold it for forgotten."""
+        found = self.objects.stat(f"blob/{name}")
+        return found is not None and found.bytes == size and found.modified >= time.time() - FRESH
 
     def read_blob(self, name: str, *, what: str) -> memoryview:
         """The bytes of a blob, checked, in memory of their own."""
@@ -232,8 +197,21 @@ class ArtifactStore:
             data = self.objects.view(f"blob/{name}")
         except Missing as error:
             raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
-        _check(data, name, f"blob/{name} ({what})")
+        if sha256(data) != name:
+            data = self.objects.view(f"blob/{name}")  # the way here may be to blame: look once more
+            _check(data, name, f"blob/{name} ({what})")
         return data
+
+    def stream_blob(self, name: str, *, what: str) -> Iterator[Bytes]:
+        """The bytes of a blob piece by piece; after the last one, Damaged unless they are what the name says."""
+        try:
+            yield from checked(self.objects.read(f"blob/{name}"), name, what=f"blob/{name} ({what})", remedy=_RESTORE)
+        except Missing as error:
+            raise Missing(f"blob/{name} ({what}) is not in {self.url}", remedy=_RESTORE) from error
+
+    def check_blob(self, name: str, *, what: str) -> int:
+        """Read a blob and hold it against its name; its size."""
+        return sum(len(piece) for piece in self.stream_blob(name, what=what))
 
     def read_parts(self, name: str, *, what: str) -> Parts:
         return decode_parts(self.read_blob(name, what=what), what=f"blob/{name} ({what})")
@@ -260,7 +238,7 @@ def _decode_memo(data: bytes) -> Ref | None:
 
 
 def _check(data: bytes | memoryview, expected: str, what: str) -> None:
-    found = digest(data)
+    found = sha256(data)
     if found != expected:
         raise Damaged(
             f"{what} is damaged: its {len(data):,} bytes have sha256 {found[:12]}…, its name says {expected[:12]}…",

@@ -6,7 +6,6 @@ wins. Nothing is ever changed or removed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,11 @@ from storage.manifest import canonical
 from storage.objects import ObjectStore
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+_NUMBER = re.compile(r"[0-9]{8}")
 
 
 class Journal:
-    """The entries of one journal as mappings. `folder` is also what it is called in messages: `line`, `series`."""
+    """The entries of one journal, as bytes. `folder` is also what it is called in messages: `line`, `series`."""
 
     def __init__(self, objects: ObjectStore, folder: str, name: str) -> None:
         if not _NAME.fullmatch(name):
@@ -37,19 +37,15 @@ class Journal:
 
     def newest(self) -> int | None:
         """The number of the last entry."""
-        tails = (key.rpartition("/")[2] for key in self._objects.list(f"{self._folder}/{self.name}/"))
-        return max((int(tail) for tail in tails if tail.isdecimal()), default=None)
+        keys = list(self._objects.list(f"{self._folder}/{self.name}/"))
+        return self._number(keys[-1]) if keys else None
 
-    def read(self, number: int) -> dict[str, Any] | None:
-        """The values of an entry; None if there is none. Damaged if it is no mapping."""
+    def read(self, number: int) -> bytes | None:
+        """The entry; None if there is none."""
         try:
-            data = self._objects.get(self.key(number))
+            return self._objects.get(self.key(number))
         except Missing:
             return None
-        try:
-            return dict(json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise Damaged(f"{self.key(number)} is not a journal entry: {error}") from error
 
     def create(self, number: int, values: Mapping[str, Any]) -> bool:
         """Whether the entry is there now and holds these values: False if others came first."""
@@ -59,3 +55,9 @@ class Journal:
         """The error of a journal that has no entries."""
         known = ", ".join(self.names(self._objects, self._folder)) or "none yet"
         return Missing(f"there is no {self._folder} {self.name!r} in {self._objects.url}", remedy=f"There are: {known}")
+
+    def _number(self, key: str) -> int:
+        number = key.rpartition("/")[2]
+        if not _NUMBER.fullmatch(number):
+            raise Damaged(f"{key} is not the key of a journal entry", remedy="Remove it: the journal does without it")
+        return int(number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -18,6 +18,7 @@ from storage.errors import Conflict, Damaged, InvalidInput
 from storage.journal import Journal
 from storage.objects import ObjectStore
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
+from storage.trust import check_entry
 
 Action = Literal["open", "fold", "rollback", "rebuild"]
 
@@ -145,32 +146,9 @@ class Line:
         rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
         return self._commit(replace(rebuilt, why=why, weight=last.weight, factor=last.factor, folds=tuple(folds)))
 
-    def history(self) -> list[Entry]:
-        """The folds that made the head's state, oldest first: the journal with what was taken back left out.
-
-        What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
-        there before: they keep the entry that made them. A state may have been committed with several factors; what a
-        rollback goes back to has the factor that the rollback names.
-        """
-        kept: list[Entry] = []
-        # a rollback may also go back to what was rolled back
-        made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
-        for entry in self.entries():
-            if entry.action == "fold":
-                kept = made[entry.state, entry.factor] = [*kept, entry]
-            elif entry.action == "rebuild":
-                kept = []
-                for one in _replayed(entry):
-                    known = made.get((one.state, one.factor), [])
-                    same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
-                    kept = made[one.state, one.factor] = known if same else [*kept, one]
-            elif entry.action == "rollback":
-                if (entry.state, entry.factor) not in made:
-                    raise Damaged(
-                        f"{self._journal.key(entry.number)} goes back to {entry.state}, which no entry before it made"
-                    )
-                kept = made[entry.state, entry.factor]
-        return kept
+    def history(self, until: int | None = None) -> list[Entry]:
+        """The folds that made the head's state, or that of the older entry `until`, oldest first."""
+        return history_of((one for one in self.entries() if until is None or one.number <= until), self.name)
 
     def _commit(self, entry: Entry) -> Entry:
         stamped = self._append(entry)
@@ -191,19 +169,53 @@ class Line:
         return stamped if self._journal.create(entry.number, asdict(stamped)) else None
 
     def _read(self, number: int) -> Entry | None:
-        values = self._journal.read(number)
-        if values is None:
+        data = self._journal.read(number)
+        if data is None:
             return None
-        try:
-            folds = tuple(Fold(**one) for one in values.get("folds", ()))
-            found = Entry(**{**values, "folds": folds})  # entries of earlier versions lack the last three
-        except TypeError as error:
-            raise Damaged(f"{self._journal.key(number)} is not a journal entry: {error}") from error
+        return decode_entry(data, number, self._journal.key(number))
+
+
+def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:
+    """The folds that made the state of the last of `entries`, oldest first: the journal with what was taken back left
+    out.
+
+    What a rebuild merged is given as fold entries under the rebuild's number, except for those states that were
+    there before: they keep the entry that made them. A state may have been committed with several factors; what a
+    rollback goes back to has the factor that the rollback names.
+    """
+    kept: list[Entry] = []
+    # a rollback may also go back to what was rolled back
+    made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
+    for entry in entries:
+        if entry.action == "fold":
+            kept = made[entry.state, entry.factor] = [*kept, entry]
+        elif entry.action == "rebuild":
+            kept = []
+            for one in _replayed(entry):
+                known = made.get((one.state, one.factor), [])
+                same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
+                kept = made[one.state, one.factor] = known if same else [*kept, one]
+        elif entry.action == "rollback":
+            if (entry.state, entry.factor) not in made:
+                raise Damaged(
+                    f"line/{name}/{entry.number:08d} goes back to {entry.state}, which no entry before it made"
+                )
+            kept = made[entry.state, entry.factor]
+    return kept
+
+
+def decode_entry(data: bytes, number: int, source: str) -> Entry:
+    """The entry in these bytes, which `source` holds. Entries of earlier versions lack the last three fields."""
+    try:
+        values = json.loads(data)
+        folds = tuple(Fold(**one) for one in values.get("folds", ()))
+        found = Entry(**{**values, "folds": folds})
         if found.action not in _ACTIONS:
-            raise Damaged(
-                f"{self._journal.key(number)} holds the action {found.action!r}, which this version does not know"
-            )
-        return found
+            raise Damaged(f"{source} holds the action {found.action!r}, which this version does not know")
+        check_entry(found, number, source)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{source} is not a journal entry: {error}") from error
+    return found
 
 
 def rebuild_options(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from storage import trust
 from storage.errors import Damaged, InvalidInput
 
 FORMAT = "deltaworks/1"
@@ -51,6 +52,24 @@ class TensorRecord:
     error: float | None = None
     through: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        trust.check_name(self.name, "the name of a tensor")
+        what = f"tensor {self.name!r}"
+        for field_ in ("role", "dtype", "codec"):
+            trust.check_name(getattr(self, field_), f"{what}, {field_}")
+        trust.check_shape(self.shape, f"{what}, shape")
+        trust.check_count(self.bytes, f"{what}, bytes")
+        trust.check_digest(self.blob, f"{what}, blob")
+        for optional in ("onto", "digest"):
+            if getattr(self, optional) is not None:
+                trust.check_digest(getattr(self, optional), f"{what}, {optional}")
+        for blob in self.through:
+            trust.check_digest(blob, f"{what}, through")
+        if self.rank is not None:
+            trust.check_count(self.rank, f"{what}, rank")
+        if self.error is not None:
+            trust.check_number(self.error, f"{what}, error")
+
     @property
     def elements(self) -> int:
         count = 1
@@ -74,6 +93,10 @@ class Asset:
     blob: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        trust.check_digest(self.blob, "the blob of an asset")
+        trust.check_count(self.bytes, "the bytes of an asset")
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -82,6 +105,11 @@ class Lineage:
     step: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        trust.check_name(self.step, "the step of a lineage")
+        trust.check_inputs(self.inputs, "the inputs of a lineage")
+        trust.check_mapping(self.spec, "the spec of a lineage")
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,9 @@ class Manifest:
     assets: Mapping[str, Asset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        trust.check_mapping(self.facts, "facts")
+        for name in self.assets:
+            trust.check_file_name(name, "the name of an asset")
         names = [record.name for record in self.tensors]
         if names != sorted(set(names)):
             raise InvalidInput(f"the tensors of a {self.kind} must be sorted by name, each once")
@@ -148,7 +179,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, *, source: str) -> Manifest:
     """The inverse of `encode_manifest`. `source` names the object in errors."""
     try:
-        found = json.loads(data)
+        found = json.loads(data, parse_constant=_refuse)
         if found["format"] != FORMAT:
             raise Damaged(
                 f"{source} has format {found['format']!r}, this version reads {FORMAT!r}",
@@ -161,5 +192,12 @@ def decode_manifest(data: bytes, *, source: str) -> Manifest:
             facts=found["facts"],
             assets={name: Asset(**asset) for name, asset in found["assets"].items()},
         )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise Damaged(f"{source} is not a manifest: {error!r}", remedy="Restore it from a copy of the store") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # also InvalidInput
+        said = ascii(str(error))[1:-1][:300]
+        raise Damaged(
+            f"{source} is not a manifest: {type(error).__name__}: {said}", remedy="Restore it from a copy of the store"
+        ) from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that a manifest may hold")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
-import stat
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 from uuid import uuid4
 
-from storage.errors import InvalidInput, Missing, StoreFull, Unavailable
-
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*")
+from storage.errors import Missing, StoreFull, Unavailable
+from storage.keys import Listed, check_key, check_prefix
+from storage.streams import PIECE, Bytes, exactly
 
 
 class ObjectStore(Protocol):
@@ -31,6 +31,10 @@ class ObjectStore(Protocol):
         """The address that `open_objects` turns into this store again."""
         ...
 
+    def ready(self) -> None:
+        """Raises if the store cannot be reached, or cannot keep the promise of `create`."""
+        ...
+
     def get(self, key: str) -> bytes:
         """All bytes of `key`. Missing if there is none."""
         ...
@@ -39,8 +43,16 @@ class ObjectStore(Protocol):
         """Like `get`, as writable memory that is the caller's alone; without a copy where the backend can."""
         ...
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Like `get`, piece by piece: a few MiB at a time, however large it is."""
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Write `data`, replacing what was there. Returns when it is durable."""
+        ...
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        """Like `put`, of `size` bytes that come piece by piece. Nothing is visible if fewer come, or they raise."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
@@ -55,26 +67,21 @@ class ObjectStore(Protocol):
         """Bytes of `key`, None if there is none."""
         ...
 
+    def stat(self, key: str) -> Listed | None:
+        """Bytes and time of `key`, None if there is none."""
+        ...
+
     def list(self, prefix: str) -> Iterator[str]:
         """Keys that start with `prefix`, sorted."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove `key` if it is there. Only for what no manifest and no journal names."""
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        """Like `list`, with sizes and times; what is removed meanwhile may be among them or not."""
         ...
 
-
-def check_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise InvalidInput(f"{key!r} is not an object key")
-    return key
-
-
-def check_prefix(prefix: str) -> str:
-    """A prefix is the beginning of a key, or empty."""
-    if prefix and not _KEY.fullmatch(f"{prefix}x"):
-        raise InvalidInput(f"{prefix!r} is not the beginning of an object key")
-    return prefix
+    def delete(self, key: str) -> None:
+        """Remove `key` if it is there. Only for what no manifest and no journal names: see storage/sweep.py."""
+        ...
 
 
 class MemoryObjects:
@@ -84,6 +91,7 @@ class MemoryObjects:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
+        self._written: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes:
@@ -92,65 +100,55 @@ class MemoryObjects:
         except KeyError:
             raise Missing(f"{key} is not in the memory store") from None
 
+    def ready(self) -> None:
+        """A dictionary is."""
+
     def view(self, key: str) -> memoryview:
         return memoryview(bytearray(self.get(key)))
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        data = memoryview(self.get(key))
+        return (data[start : start + PIECE] for start in range(0, len(data), PIECE))
 
     def put(self, key: str, data: bytes) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+            self._written[key] = time.time()
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        self.put(key, b"".join(exactly(pieces, size)))
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if check_key(key) in self._objects:
                 return False
             self._objects[key] = bytes(data)
+            self._written[key] = time.time()
             return True
 
     def size(self, key: str) -> int | None:
         found = self._objects.get(check_key(key))
         return None if found is None else len(found)
 
+    def stat(self, key: str) -> Listed | None:
+        with self._lock:
+            found = self._objects.get(check_key(key))
+            return None if found is None else Listed(key, len(found), self._written[key])
+
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
         with self._lock:
             return iter(sorted(key for key in self._objects if key.startswith(prefix)))
 
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        with self._lock:
+            found = [Listed(key, len(data), self._written[key]) for key, data in self._objects.items()]
+        return iter(sorted(one for one in found if one.key.startswith(check_prefix(prefix))))
+
     def delete(self, key: str) -> None:
         with self._lock:
             self._objects.pop(check_key(key), None)
-
-
-class Overlay:
-    """Reads of one store, with writes that go to another: for results that nobody will keep."""
-
-    def __init__(self, below: ObjectStore, above: ObjectStore) -> None:
-        self._below, self._above = below, above
-        self.url = above.url
-
-    def get(self, key: str) -> bytes:
-        return self._holder(key).get(key)
-
-    def view(self, key: str) -> memoryview:
-        return self._holder(key).view(key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self._above.put(key, data)
-
-    def create(self, key: str, data: bytes) -> bool:
-        return self.size(key) is None and self._above.create(key, data)
-
-    def size(self, key: str) -> int | None:
-        return self._holder(key).size(key)
-
-    def list(self, prefix: str) -> Iterator[str]:
-        return iter(sorted({*self._below.list(prefix), *self._above.list(prefix)}))
-
-    def delete(self, key: str) -> None:
-        """Remove what was written above; what is below stays, and is seen again."""
-        self._above.delete(key)
-
-    def _holder(self, key: str) -> ObjectStore:
-        return self._below if self._above.size(key) is None else self._above
+            self._written.pop(key, None)
 
 
 class DirectoryObjects:
@@ -162,6 +160,9 @@ class DirectoryObjects:
     @property
     def url(self) -> str:
         return self.root.as_uri()
+
+    def ready(self) -> None:
+        """A folder is made when something is written; the file system picks the winner of a `create`."""
 
     def get(self, key: str) -> bytes:
         try:
@@ -182,8 +183,21 @@ class DirectoryObjects:
         except OSError as error:
             raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                while piece := file.read(PIECE):
+                    yield memoryview(piece)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise Missing(f"{key} is not in {self.root}") from None
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
+
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, data, os.replace)
+        self._write(key, len(data), [data], os.replace)
+
+    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
+        self._write(key, size, pieces, os.replace)
 
     def create(self, key: str, data: bytes) -> bool:
         def link(written: Path, place: Path) -> None:
@@ -191,19 +205,16 @@ class DirectoryObjects:
             written.unlink()
 
         try:
-            self._write(key, data, link)
+            self._write(key, len(data), [data], link)
         except _Taken:
             return False
         return True
 
     def size(self, key: str) -> int | None:
-        try:
-            found = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None if (found := self.stat(key)) is None else found.bytes
+
+    def stat(self, key: str) -> Listed | None:
+        return _listed(key, self._path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
@@ -211,6 +222,10 @@ class DirectoryObjects:
         found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
         keys = (path.relative_to(self.root).as_posix() for path in found)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        found = (_listed(key, self.root / key) for key in self.list(prefix))
+        return (one for one in found if one is not None)
 
     def delete(self, key: str) -> None:
         try:
@@ -223,13 +238,14 @@ class DirectoryObjects:
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _write(self, key: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
+    def _write(self, key: str, size: int, pieces: Iterable[Bytes], move: Callable[[Path, Path], None]) -> None:
         place = self._path(key)
         written = place.with_name(f".{uuid4().hex}.part")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(written, "xb") as file:
-                file.write(data)
+                for piece in exactly(pieces, size):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             try:
@@ -240,13 +256,23 @@ class DirectoryObjects:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoreFull(
-                    f"no room for {key} ({len(data):,} bytes) in {self.root}: {error.strerror}",
+                    f"no room for {key} ({size:,} bytes) in {self.root}: {error.strerror}",
                     remedy="Free some space and run the same command again; nothing half-written was left",
                 ) from error
             raise Unavailable(f"cannot write {place}: {error}") from error
         finally:
             with suppress(OSError):  # whatever kept it from being written also explains why it is not there
                 written.unlink(missing_ok=True)
+
+
+def _listed(key: str, path: Path) -> Listed | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error}") from error
+    return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
 
 
 class _Taken(Exception):

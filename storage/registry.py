@@ -27,9 +27,11 @@ from mlflow.tracking import MlflowClient
 from requests.exceptions import RequestException
 
 from storage.errors import DeltaworksError, InvalidInput, Unavailable
+from storage.refs import KINDS, Ref, parse_ref
 
 HEAD = "head"  # alias of the newest version of a line
 _KEY = "deltaworks.key"
+_REF = re.compile(rf"(?:{'|'.join(KINDS)})/[0-9a-f]{{64}}(?![0-9a-f])")
 _PARENT = "mlflow.parentRunId"
 _PARAM_LIMIT = 6000
 _TAG_LIMIT = 5000
@@ -118,6 +120,19 @@ class Registry:
         with _mapped(self.tracking):
             found = self._find_version(name, key)
             return None if found is None else int(found.version)
+
+    def refs(self) -> frozenset[Ref]:
+        """Every ref that a version of a registered model names: its model, and what its tags tell of its making."""
+        found: set[Ref] = set()
+        with _mapped(self.tracking):
+            token = None
+            while True:
+                page = self._client.search_model_versions(max_results=1000, page_token=token)
+                for one in page:
+                    found.update(_refs_in([one.source or "", *one.tags.values()]))
+                token = page.token
+                if not token:
+                    return frozenset(found)
 
     def log_chain(self, experiment: str, key: str, summary: Stage, files: Sequence[Path]) -> str:
         """Record a finished chain as one run with its pictures. Returns the run id."""
@@ -210,6 +225,12 @@ def _mapped(tracking: str) -> Iterator[None]:
             f"MLflow at {_public(tracking)} does not answer: {type(error).__name__}",
             remedy="Check MLFLOW_TRACKING_URI and that the server runs",
         ) from None
+
+
+def _refs_in(texts: Sequence[str]) -> Iterator[Ref]:
+    for text in texts:
+        for match in _REF.finditer(text):
+            yield parse_ref(match[0])
 
 
 def _public(address: str) -> str:

@@ -6,6 +6,7 @@ is tasks/snapshot.py's business. Of two who publish at the same time one wins.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from storage.errors import Conflict, Damaged
 from storage.journal import Journal
 from storage.objects import ObjectStore
 from storage.refs import CheckpointRef, short
+from storage.trust import check_version
 
 _FOLDER = "series"
 
@@ -75,8 +77,15 @@ class Series:
         return found  # our own write whose answer was lost, or a twin's of the same checkpoint
 
     def _read(self, number: int) -> Version | None:
-        values = self._journal.read(number)
-        try:
-            return None if values is None else Version(**values)
-        except TypeError as error:
-            raise Damaged(f"{self._journal.key(number)} is not a version of a series: {error}") from error
+        data = self._journal.read(number)
+        return None if data is None else decode_version(data, number, self._journal.key(number))
+
+
+def decode_version(data: bytes, number: int, source: str) -> Version:
+    """The version in these bytes, which `source` holds."""
+    try:
+        found = Version(**json.loads(data))
+        check_version(found, number, source)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{source} is not a version of a series: {error}") from error
+    return found

@@ -22,6 +22,6 @@ def write_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def read_rows(data: bytes) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise Damaged(f"scores are not a Parquet table: {error}") from error
     return rows

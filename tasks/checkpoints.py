@@ -124,5 +124,5 @@ def assets_folder(artifact: Artifact) -> Iterator[Path]:
     """The artifact's assets as files, for libraries that read tokenizers and processors from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         for name in artifact.manifest.assets:
-            Path(folder, name).write_bytes(artifact.asset(name))
+            artifact.save_asset(name, Path(folder, name))
         yield Path(folder)

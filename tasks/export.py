@@ -69,7 +69,7 @@ def _write(
     flush()
     _name_shards(folder, shards)
     for name in set(artifact.manifest.assets) - {HISTORY}:
-        (folder / name).write_bytes(artifact.asset(name))
+        artifact.save_asset(name, folder / name)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
 

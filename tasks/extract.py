@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from storage.artifacts import Artifact, ArtifactStore, Draft
+from storage.artifacts import Artifact, ArtifactStore
+from storage.drafts import Draft
 from storage.errors import Mismatch
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, UpdateRef, short

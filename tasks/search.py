@@ -12,7 +12,8 @@ from typing import Literal
 
 from storage.artifacts import ArtifactStore
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, Overlay
+from storage.objects import DirectoryObjects
+from storage.overlay import Overlay
 from storage.refs import CheckpointRef, ScoresRef, StateRef
 from storage.tables import write_rows
 from tasks.checkpoints import load_model

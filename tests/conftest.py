@@ -15,7 +15,7 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"  # some tests call a step alone
 os.environ["HF_HUB_OFFLINE"] = "1"
-for _name in ("DELTAWORKS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DELTAWORKS_DEVICE"):
+for _name in ("DELTAWORKS_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DELTAWORKS_DEVICE", "DELTAWORKS_CACHE"):
     os.environ.pop(_name, None)
 
 pytest_plugins = ["tests.storage.s3_fixtures"]

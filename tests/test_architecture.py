@@ -39,8 +39,8 @@ FAMILIES = {**FOLDERS, "heads": AnyHead, "bases": AnyBase}
 DOORS = {
     "prefect": ("flows/",),
     "mlflow": ("storage/registry.py",),
-    "boto3": ("storage/s3.py",),
-    "botocore": ("storage/s3.py",),
+    "boto3": ("storage/s3",),
+    "botocore": ("storage/s3",),
 }
 
 

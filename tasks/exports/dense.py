@@ -31,7 +31,7 @@ def export_checkpoint(
     with new_folder(folder) as work:
         _write(work, applied.skeleton, applied.dtype, applied.after, shard_bytes, report)
         for name in sorted(set(assets.manifest.assets) - {HISTORY}):
-            (work / name).write_bytes(assets.asset(name))
+            assets.save_asset(name, work / name)
     said = [_kind(applied), *applied.notes, f'load it with AutoModel.from_pretrained("{folder}")']
     return Exported(sorted(folder.iterdir()), said, {"exact": applied.all_exact})
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
@@ -21,11 +22,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
+from storage.cache import CachedObjects
 from storage.errors import Conflict, Damaged, InvalidInput, Missing, Unavailable
 from storage.lines import Entry, Line
 from storage.manifest import Lineage
 from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.overlay import Overlay
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
+from storage.streams import copy
 
 R = TypeVar("R")
 WRITERS = 16
@@ -48,7 +52,7 @@ BAD_KEYS = [
 ]
 
 
-@pytest.fixture(params=["memory", "directory", "s3"])
+@pytest.fixture(params=["memory", "directory", "s3", "s3 and a cache"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """An empty store of each backend, opened by its address as a user would."""
     address: dict[str, Callable[[], str]] = {
@@ -56,6 +60,8 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
         "directory": lambda: (tmp_path / "a store with spaces").as_uri(),
         "s3": lambda: request.getfixturevalue("s3_url"),
     }
+    if request.param == "s3 and a cache":
+        return open_objects(request.getfixturevalue("s3_url"), tmp_path / "cache", 2**30)
     return open_objects(address[request.param]())
 
 
@@ -87,11 +93,55 @@ class TestObjectStore:
         assert sha256(objects.get("large")).digest() == sha256(data).digest()
         assert objects.size("large") == 20 * 2**20
 
+    @pytest.mark.parametrize("size", [0, 1, 5_000_000, 18 * 2**20])
+    def test_what_is_written_in_pieces_is_read_in_pieces(self, objects: ObjectStore, size: int) -> None:
+        data = torch.arange(size // 4 + 1, dtype=torch.int32).numpy().tobytes()[:size]
+        pieces = [memoryview(data)[start : start + 3_000_001] for start in range(0, size, 3_000_001)]
+        objects.write("key", size, iter(pieces))
+        assert objects.size("key") == size
+        found = list(objects.read("key"))
+        assert max((len(piece) for piece in found), default=0) <= 16 * 2**20
+        assert sha256(b"".join(found)).digest() == sha256(data).digest() == sha256(objects.view("key")).digest()
+
+    def test_pieces_that_do_not_come_are_never_seen(self, objects: ObjectStore) -> None:
+        """Too few, too many, or an error among them: the old content stays, and nothing new is there."""
+        objects.put("old", b"before")
+
+        def failing() -> Iterator[bytes]:
+            yield b"first"
+            raise Damaged("the source is damaged")
+
+        for key in ("old", "new"):
+            for wrong in (4, 6):
+                with pytest.raises(InvalidInput, match="were announced"):
+                    objects.write(key, wrong, [b"12", b"345"])
+            with pytest.raises(Damaged, match="the source"):
+                objects.write(key, 10, failing())
+        assert [*objects.list("")] == ["old"]
+        assert objects.get("old") == b"before"
+
+    def test_objects_are_copied_between_stores_and_checked(self, objects: ObjectStore) -> None:
+        other, data = MemoryObjects(), bytes(range(256)) * 70_000
+        key = f"blob/{sha256(data).hexdigest()}"
+        for source, target in ((other, objects), (objects, MemoryObjects())):
+            source.put(key, data)
+            assert copy(source, target, key) == len(data)
+            assert target.get(key) == data
+        wrong = f"blob/{'0' * 64}"
+        objects.put(wrong, data)
+        with pytest.raises(Damaged, match=wrong):
+            copy(objects, other, wrong)
+        assert other.size(wrong) is None
+        with pytest.raises(Missing, match="nothing"):
+            copy(objects, other, "blob/nothing")
+
     def test_nothing_is_missing_and_has_no_size(self, objects: ObjectStore) -> None:
         with pytest.raises(Missing, match="nothing/here"):
             objects.get("nothing/here")
         with pytest.raises(Missing, match="nothing/here"):
             objects.view("nothing/here")
+        with pytest.raises(Missing, match="nothing/here"):
+            list(objects.read("nothing/here"))
         assert objects.size("nothing/here") is None
         assert list(objects.list("")) == []
 
@@ -157,10 +207,25 @@ class TestObjectStore:
 
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_keys_that_could_lead_elsewhere_are_refused(self, objects: ObjectStore, key: str) -> None:
-        for use in (objects.get, objects.size, lambda key: objects.put(key, b""), lambda key: objects.create(key, b"")):
+        writes = (lambda key: objects.put(key, b""), lambda key: objects.create(key, b""))
+        for use in (objects.get, objects.size, objects.stat, objects.delete, *writes):
             with pytest.raises(InvalidInput, match="not an object key"):
                 use(key)
         assert list(objects.list("")) == []
+
+    def test_listed_tells_sizes_and_times(self, objects: ObjectStore) -> None:
+        before = time.time()
+        objects.put("blob/a", b"12345")
+        objects.create("blob/b", b"")
+        objects.put("other", b"1")
+        found = list(objects.listed("blob/"))
+        assert [(one.key, one.bytes) for one in found] == [("blob/a", 5), ("blob/b", 0)]
+        assert all(before - 2 <= one.modified <= time.time() + 2 for one in found)
+        assert [one.key for one in objects.listed("")] == list(objects.list(""))
+        stat = objects.stat("blob/a")
+        assert stat is not None and stat[:2] == ("blob/a", 5)
+        assert abs(stat.modified - found[0].modified) < 1  # S3 tells whole seconds in one answer and less in another
+        assert objects.stat("nothing/here") is None
 
     def test_what_is_deleted_is_gone_and_may_be_written_again(self, objects: ObjectStore) -> None:
         objects.put("blob/a", b"1")
@@ -194,7 +259,7 @@ from storage.objects import DirectoryObjects
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 store = DirectoryObjects(Path(sys.argv[1]))
-for write in (store.put, store.create):
+for write in (store.put, store.create, lambda key, data: store.write(key, len(data), [data[:9], data[9:]])):
     for key in ("old", "new", "folder/new"):
         try:
             if write(key, b"n" * 1_000_000) is False and key == "old":
@@ -202,7 +267,7 @@ for write in (store.put, store.create):
         except StoreFull as error:
             assert "nothing half-written was left" in str(error)
         else:
-            sys.exit(f"{write.__name__} of {key} did not notice")
+            sys.exit(f"{write} of {key} did not notice")
 store.put("fits", b"f" * 1000)
 """
 
@@ -239,10 +304,26 @@ class StoreModel(RuleBasedStateMachine):
         self.store.put(key, data)
         self.model[key] = data
 
+    @rule(data=_DATA)
+    def put_a_blob(self, data: bytes) -> None:
+        """Under the name that a cache keeps it by."""
+        self.put(key=f"blob/{sha256(data).hexdigest()}", data=data)
+
+    @rule(key=_NAMES, data=_DATA)
+    def write(self, key: str, data: bytes) -> None:
+        self.store.write(key, len(data), [data[:7], data[7:]])
+        self.model[key] = data
+
     @rule(key=_NAMES, data=_DATA)
     def create(self, key: str, data: bytes) -> None:
         assert self.store.create(key, data) is (key not in self.model)
         self.model.setdefault(key, data)
+
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(["a", *sorted(self.model)]))
+        self.store.delete(key)
+        self.model.pop(key, None)
 
     @rule(key=_NAMES)
     def get(self, key: str) -> None:
@@ -256,9 +337,13 @@ class StoreModel(RuleBasedStateMachine):
         assert [*self.store.list(prefix)] == sorted(key for key in self.model if key.startswith(prefix))
 
     @invariant()
-    def sizes_agree(self) -> None:
-        for key, data in getattr(self, "model", {}).items():
+    def contents_agree(self) -> None:
+        model = getattr(self, "model", {})
+        for key, data in model.items():
             assert self.store.size(key) == len(data)
+            assert bytes(self.store.view(key)) == b"".join(map(bytes, self.store.read(key))) == data
+        if model:
+            assert {one.key: one.bytes for one in self.store.listed("")} == {key: len(model[key]) for key in model}
 
 
 class MemoryModel(StoreModel):
@@ -275,12 +360,24 @@ class DirectoryModel(StoreModel):
             self.folder.cleanup()
 
 
-TestMemoryModel = MemoryModel.TestCase
-TestDirectoryModel = DirectoryModel.TestCase
+class CachedModel(DirectoryModel):
+    """With room for a few copies."""
+
+    def make(self) -> ObjectStore:
+        self.folder = TemporaryDirectory()
+        return CachedObjects(MemoryObjects(), Path(self.folder.name), 400)
+
+
+class OverlayModel(DirectoryModel):
+    def make(self) -> ObjectStore:
+        return Overlay(MemoryObjects(), super().make())
+
+
+TestMemoryModel, TestDirectoryModel = MemoryModel.TestCase, DirectoryModel.TestCase
+TestCachedModel, TestOverlayModel = CachedModel.TestCase, OverlayModel.TestCase
 # No deadline: a directory waits for its disk at every write, for as long as the disk likes.
-TestMemoryModel.settings = TestDirectoryModel.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None
-)
+for _test in (TestMemoryModel, TestDirectoryModel, TestCachedModel, TestOverlayModel):
+    _test.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 class TestArtifactsAndLines:

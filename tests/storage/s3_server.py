@@ -15,6 +15,9 @@ _LIMIT = 15 * 60  # seconds; starting takes twelve, but on a fresh machine the p
 
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
 
+# the second user of infra/s3-server
+GUEST = ("guest", "guest-test")
+
 
 class ServerNotStarted(Exception):
     """There is no S3 server here, and why."""
@@ -42,7 +45,7 @@ def running_s3_server() -> Iterator[dict[str, str]]:
             yield {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
                 "AWS_ACCESS_KEY_ID": "deltaworks",  # fixed in infra/s3-server
-                "AWS_SECRET_ACCESS_KEY": "deltaworks-test",
+                "AWS_SECRET_ACCESS_KEY": "known-to-all",
                 "AWS_DEFAULT_REGION": "us-east-1",
             }
         finally:

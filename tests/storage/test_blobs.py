@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.artifacts import FRESH, ArtifactStore
 from storage.blobs import DTYPES, decode_parts, encode_parts
 from storage.errors import Damaged
+from storage.objects import DirectoryObjects
 
 
 def read(data: bytes) -> dict[str, torch.Tensor]:
@@ -92,3 +97,15 @@ def test_files_are_those_that_safetensors_writes() -> None:
     parts |= {'é\u2028"\\\n\x01': torch.zeros(()), "turned": torch.randn(4, 3).T, "none": torch.zeros(0, 5)}
     assert encode_parts(parts) == safetensors.torch.save({key: part.contiguous() for key, part in parts.items()})
     assert encode_parts({}) == safetensors.torch.save({})
+
+
+def test_an_old_blob_that_is_written_again_is_as_if_new(tmp_path: Path) -> None:
+    """A prune goes by the age of objects: what is in use again must not look forgotten."""
+    store = ArtifactStore(DirectoryObjects(tmp_path))
+    name = store.write_blob(b"shared")
+    path = tmp_path / "blob" / name
+    for age, fresh in ((FRESH / 2, False), (FRESH * 2, True)):
+        then = time.time() - age
+        os.utime(path, (then, then))
+        store.write_blob(b"shared")
+        assert (path.stat().st_mtime > then + 1) is fresh

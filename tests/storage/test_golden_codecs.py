@@ -23,8 +23,9 @@ import torch
 import zstandard
 from torch import Tensor
 
-from storage.artifacts import Artifact, ArtifactStore, Draft
+from storage.artifacts import Artifact, ArtifactStore
 from storage.blobs import Parts
+from storage.drafts import Draft
 from storage.manifest import Lineage, TensorRecord
 from storage.objects import DirectoryObjects
 from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary

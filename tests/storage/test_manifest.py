@@ -36,31 +36,36 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "format"
 GOLDEN_REF = UpdateRef(Ref("update/79ed0564003fb6a32fe108d21123e02455a9c7bd2cd9680f3947c0077acc5024"))
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# names are shown on terminals and, of assets, become files: see storage/trust.py
+names = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), max_size=12)
+files = st.text(st.characters(categories=["L", "N"]) | st.sampled_from("-_. "), min_size=3, max_size=12).map(
+    "x{}".format
+)
 digests = st.binary(max_size=4).map(digest)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
 mappings = st.dictionaries(texts, values, max_size=4)
 records = st.builds(
     TensorRecord,
-    name=texts,
-    role=texts,
+    name=names,
+    role=names,
     dtype=st.sampled_from(["F32", "BF16", "I64"]),
-    shape=st.lists(st.integers(0, 1 << 40), max_size=4).map(tuple),
+    shape=st.lists(st.integers(0, 1 << 15), max_size=4).map(tuple),
     blob=digests,
     bytes=st.integers(0, 1 << 50),
-    codec=texts,
+    codec=names,
     rank=st.none() | st.integers(0, 100),
     onto=st.none() | digests,
 )
 manifests = st.builds(
     Manifest,
     kind=st.sampled_from(["checkpoint", "update", "state", "scores"]),
-    lineage=st.builds(Lineage, step=texts, inputs=st.dictionaries(texts, texts, max_size=3), spec=mappings),
+    lineage=st.builds(Lineage, step=names, inputs=st.dictionaries(names, names, max_size=3), spec=mappings),
     tensors=st.lists(records, max_size=4, unique_by=lambda record: record.name).map(
         lambda found: tuple(sorted(found, key=lambda record: record.name))
     ),
     facts=mappings,
-    assets=st.dictionaries(texts, st.builds(Asset, blob=digests, bytes=st.integers(0, 1 << 50)), max_size=3),
+    assets=st.dictionaries(files, st.builds(Asset, blob=digests, bytes=st.integers(0, 1 << 50)), max_size=3),
 )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from storage.errors import Missing
-from storage.objects import MemoryObjects, Overlay
+from storage.objects import MemoryObjects
+from storage.overlay import Overlay
 
 
 def test_reads_go_through_and_writes_stay_above() -> None:
@@ -33,3 +34,16 @@ def test_a_name_that_is_taken_below_is_taken() -> None:
     assert overlay.create("other", b"first")
     assert not overlay.create("other", b"second")
     assert list(above.list("")) == ["other"]
+
+
+def test_only_what_is_above_is_deleted() -> None:
+    below, above = MemoryObjects(), MemoryObjects()
+    below.put("both", b"below")
+    above.put("both", b"over it")
+    above.put("new", b"above")
+    overlay = Overlay(below, above)
+    assert [(one.key, one.bytes) for one in overlay.listed("")] == [("both", 7), ("new", 5)]
+    for key in ("both", "new"):
+        overlay.delete(key)
+    assert [(one.key, one.bytes) for one in overlay.listed("")] == [("both", 5)]
+    assert below.get("both") == b"below"

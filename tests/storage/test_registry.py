@@ -11,6 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from storage.errors import Unavailable
+from storage.refs import KINDS, Ref
 from storage.registry import DataInput, Registry, Stage
 
 STEP = Stage("a-line", "checkpoint/1", {"merger": {"name": "opcm", "alpha": 0.5}}, {"average": 0.5}, tags={"step": "1"})
@@ -102,3 +103,15 @@ def test_an_absent_server_is_unavailable_and_keeps_secrets(tmp_path: Path, monke
         Registry("http://someone:pass-phrase@127.0.0.1:9", tmp_path)
     assert "127.0.0.1:9" in str(caught.value)
     assert "pass-phrase" not in str(caught.value)
+
+
+def test_refs_are_those_that_any_version_names(registry: Registry) -> None:
+    """What a prune must keep: models, and what they were made of; not the beginnings of refs that people read."""
+    assert registry.refs() == frozenset()
+    named = {kind: Ref(f"{kind}/{letter * 64}") for kind, letter in zip(KINDS, "abcd", strict=True)}
+    older = Ref(f"checkpoint/{'e' * 64}")
+    tags = {"state": named["state"], "updates": f"update/{'f' * 12} {named['update']}", "scores": named["scores"]}
+    registry.register("chain", "k1", STEP, STAGES, f"s3://bucket/{older}", "")
+    step = Stage("b-line", named["checkpoint"], tags=tags)
+    registry.register("chain", "k2", step, STAGES, f"file:///x/{named['checkpoint']}", "")
+    assert registry.refs() == {*named.values(), older}

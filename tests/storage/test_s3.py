@@ -23,7 +23,8 @@ from urllib3.exceptions import ProtocolError
 
 from storage.address import open_objects
 from storage.errors import DeltaworksError, InvalidInput, Missing, StoreFull, Unavailable
-from storage.s3 import S3Objects, translate
+from storage.s3 import S3Objects
+from storage.s3_errors import translate
 from tests.storage.s3_server import free_port
 
 SECRET = "a-secret-that-must-not-be-told"
@@ -201,7 +202,7 @@ class TestWithoutAServer:
                 assert "s3://a-bucket/a/prefix/key" in str(caught.value)
 
     def test_a_server_without_conditional_writes(self, elsewhere: Callable[[str], S3Objects]) -> None:
-        refusing = answering(answer(501, "NotImplemented"))
+        refusing = answering(answer(404, "NoSuchKey"), answer(501, "NotImplemented"))
         with refusing as (endpoint, _), pytest.raises(InvalidInput, match="only if it is absent"):
             elsewhere(endpoint).create("line/main/00000000", b"entry")
 
@@ -226,10 +227,14 @@ class TestWithoutAServer:
             answer(404, "NoSuchKey"),
             answer(200, body=b""),
         )
-        with answering(collided, nothing, done) as (endpoint, requests):
+        note = answer(200, body=b'{"sequential": true, "most_winners": 1, "rounds": 3, "server": ""}')
+        with answering(note, collided, nothing, done) as (endpoint, requests):
             assert elsewhere(endpoint).create("key", b"data") is True
-            assert [request.split()[0] for request in requests] == [b"PUT", b"GET", b"PUT"]
-        with answering(*[collided, nothing] * 4) as (endpoint, _), pytest.raises(Unavailable, match="who was first"):
+            assert [request.split()[0] for request in requests] == [b"GET", b"PUT", b"GET", b"PUT"]
+        with (
+            answering(note, *[collided, nothing] * 4) as (endpoint, _),
+            pytest.raises(Unavailable, match="who was first"),
+        ):
             elsewhere(endpoint).create("key", b"data")
 
 

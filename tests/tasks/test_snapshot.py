@@ -14,7 +14,10 @@ from storage.artifacts import ArtifactStore
 from storage.errors import Conflict, InvalidInput, Mismatch
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
+from storage.roots import read_journals
 from storage.series import Series
+from storage.sweep import Wishes, mark, sweep
+from storage.transfer import mirror
 from storage.verify import verify
 from tasks.checkpoints import load_model
 from tasks.codecs import Exact
@@ -146,3 +149,25 @@ def test_versions_are_bases_and_tuned_sides_like_any_checkpoint(tmp_path: Path) 
     assert any(record.through for record in found.manifest.tensors)
     for name in wanted.names:
         assert torch.equal(read_tensor(found, name), read_tensor(wanted, name))
+
+
+def test_a_series_is_kept_mirrored_and_verified_with_all_its_versions(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    for _ in range(3):
+        training.publish()
+        training.move()
+    store, target = training.store, ArtifactStore(MemoryObjects())
+    ingest(Training(tmp_path / "other", "ViTModel").saved(), store)  # what nobody wants
+    before = set(store.objects.list(""))
+    gone = mark(store, Wishes(grace=0))
+    assert len(gone.manifests) == 1
+    sweep(store, Wishes(grace=0))
+    assert 0 < len(before - set(store.objects.list(""))) == len(gone)
+    assert mirror(store, target).entries == 3
+    for version in Series(target.objects, "policy").versions():
+        loaded = load_model(target.open(version.checkpoint)).state_dict()
+        assert same(load_model(store.open(version.checkpoint)), loaded)
+    anchor = next(training.series.versions()).checkpoint
+    store.objects.delete(f"blob/{store.open(anchor).manifest.tensors[0].blob}")
+    (finding,) = verify(store, list(store.refs()), journals=read_journals(store.objects).all).findings
+    assert any("series 'policy' version 2" in one for one in finding.needed_by)

@@ -1,0 +1,50 @@
+"""Words about stores that several commands share: sizes and ages as people write them, and what is registered."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from storage.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from flows.workplace import Workplace
+    from storage.artifacts import ArtifactStore
+    from storage.refs import Ref
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
+
+
+def seconds(text: str) -> float:
+    """`7d`, `12h`, `30m`, `0`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw]?)", text.strip())
+    if match is None or (not match[2] and float(match[1]) != 0):
+        raise InvalidInput(f"{text!r} is not a time", remedy="Write it like 7d, 12h or 30m; 0 for none")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def other_store(url: str) -> ArtifactStore:
+    """The store at an address that somebody typed."""
+    from storage.address import open_objects
+    from storage.artifacts import ArtifactStore
+
+    return ArtifactStore(open_objects(url))
+
+
+def registered(place: Workplace) -> frozenset[Ref]:
+    """What models in MLflow name. An embedded database that is not there yet holds none; a server must answer."""
+    from pathlib import Path
+
+    tracking = place.settings.tracking
+    if tracking.startswith("sqlite:///") and not Path(tracking.removeprefix("sqlite:///")).exists():
+        return frozenset()
+    return place.registry.refs()
