@@ -102,7 +102,7 @@ class Failing(MemoryObjects):
 
     def __init__(self, source: MemoryObjects, writes: int) -> None:
         super().__init__()
-        self._objects = dict(source._objects)
+        self._objects, self._written = dict(source._objects), dict(source._written)
         self._left = writes
 
     def put(self, key: str, data: bytes) -> None:

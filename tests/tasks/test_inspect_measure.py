@@ -77,10 +77,9 @@ def test_ternary_bound() -> None:
     assert ternary_bound(10, 10) == 10
 
 
-def place(number: float) -> int:
-    """The place of a bfloat16 among all of them."""
-    bits = struct.unpack(">H", struct.pack(">f", number)[:2])[0]
-    return ~bits & 0xFFFF if bits & 0x8000 else bits | 0x8000
+def bits(number: float) -> int:
+    """A bfloat16 as an integer."""
+    return int(struct.unpack(">H", struct.pack(">f", number)[:2])[0])
 
 
 def test_entropy_of_steps_given_the_exponent() -> None:
@@ -88,7 +87,7 @@ def test_entropy_of_steps_given_the_exponent() -> None:
     tuned = (base.float() + drawn(5000, seed=1) * 1e-4).bfloat16()
     old, new = base.tolist(), tuned.tolist()
     exponents = [struct.unpack(">H", struct.pack(">f", abs(one))[:2])[0] >> 7 for one in old]
-    pairs = list(zip(exponents, (place(b) - place(a) for a, b in zip(old, new, strict=True)), strict=True))
+    pairs = list(zip(exponents, ((bits(b) - bits(a)) % 65_536 for a, b in zip(old, new, strict=True)), strict=True))
     alone, joint = Counter(exponents), Counter(pairs)
     wanted = -sum(count * math.log2(count / alone[exponent]) for (exponent, _), count in joint.items())
     assert len(joint) > 2 * len(alone) > 10
