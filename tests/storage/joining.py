@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,8 @@ class Contest:
             again = []
             for share, kill, process in running:
                 if kill is not None and 1000 * (time.monotonic() - started) >= kill and process.is_alive():
-                    os.kill(process.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it may have ended since
+                        os.kill(process.pid, signal.SIGKILL)
                     process.join()
                     self.killed += process.exitcode == -signal.SIGKILL
                     again.append((share, None, self._start(name, share)))
