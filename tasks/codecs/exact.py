@@ -23,7 +23,7 @@ from tasks.choice import require
 from tasks.codecs.base import Codec, Coded, Facts, Leaf, Parts, decoder
 from tasks.codecs.fields import read_fields, write_fields
 from tasks.codecs.streams import expand, meta_of, number, squeeze, tensor_digest, with_meta
-from tasks.codecs.ulps import MANTISSAS, ByExponent, Counts, bits_of, from_bits
+from tasks.codecs.ulps import MANTISSAS, ByExponent, Counts, bits_of, from_bits, steps_by_exponent
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HALF = 0.5  # of the tensor's bytes: below, planes are not tried, for trained weights take two thirds in planes
@@ -57,7 +57,7 @@ class Exact(Codec):
             return Coded({}, decoder(self), digest=digest)
         forms = []
         if base.dtype == tuned.dtype and base.shape == tuned.shape and tuned.dtype in MANTISSAS:
-            forms.append(_stepwise(base, tuned))
+            forms.append(_stepwise(base, tuned, leaf.delta.device))
         if not forms or _size(forms[0]) > _HALF * tuned.nbytes:
             forms.append(_planes(tuned))
         form, streams = min(forms, key=_size)
@@ -103,8 +103,11 @@ def _from_planes(parts: Parts, dtype: torch.dtype, shape: tuple[int, ...]) -> Te
     return torch.from_numpy(data.T.copy(order="C").reshape(-1)).view(dtype).reshape(shape)
 
 
-def _stepwise(base: Tensor, tuned: Tensor) -> Form:
-    found, counts = ByExponent(bits_of(base), MANTISSAS[base.dtype]).steps_to(bits_of(tuned))
+def _stepwise(base: Tensor, tuned: Tensor, device: torch.device) -> Form:
+    if device.type == "cpu":
+        found, counts = ByExponent(bits_of(base), MANTISSAS[base.dtype]).steps_to(bits_of(tuned))
+    else:
+        found, counts = steps_by_exponent(base.to(device), tuned.to(device), MANTISSAS[base.dtype])
     lowest = counts[0][0] if counts else 0
     dense = [dict(counts).get(one, 0) for one in range(lowest, counts[-1][0] + 1)] if counts else []
     meta, streams = write_fields(found)

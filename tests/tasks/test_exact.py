@@ -23,7 +23,7 @@ from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import Leaf
 from tasks.codecs.exact import Exact
 from tasks.codecs.streams import tensor_digest
-from tasks.codecs.ulps import ByExponent, bits_of, from_bits, stepped, steps
+from tasks.codecs.ulps import MANTISSAS, ByExponent, bits_of, from_bits, stepped, steps, steps_by_exponent
 from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
 from tasks.tensors import dtype_name, read_delta, read_tensor
@@ -94,6 +94,21 @@ def test_steps_count_floats(dtype: torch.dtype) -> None:
     assert np.array_equal(
         stepped(bits_of(values), steps(bits_of(values), bits_of(-values.flip(0)))), bits_of(-values.flip(0))
     )
+
+
+@pytest.mark.parametrize("dtype", MANTISSAS)
+@pytest.mark.parametrize("elements", [0, 1, 70_000])
+def test_torch_gives_the_same_steps_in_the_same_order(dtype: torch.dtype, elements: int) -> None:
+    """The way of other devices, run on the CPU: with any bits, NaN and both zeros among them."""
+    generator = torch.Generator().manual_seed(elements)
+    base, tuned = (
+        torch.randint(0, 256, (elements * dtype.itemsize,), generator=generator, dtype=torch.uint8).view(dtype)
+        for _ in range(2)
+    )
+    found, counts = steps_by_exponent(base, tuned, MANTISSAS[dtype])
+    wanted, its = ByExponent(bits_of(base), MANTISSAS[dtype]).steps_to(bits_of(tuned))
+    assert np.array_equal(found, wanted)
+    assert counts == [(exponent, count) for exponent, count in its if count]
 
 
 @pytest.mark.parametrize("elements", [0, 1, 150_001])
