@@ -93,6 +93,36 @@ def held_large(url: str, source: Path, out: Path) -> tuple[Work, Work]:
     return put, lambda: store.read_blob(name[0], what="benchmark")
 
 
+def synced_large(url: str, source: Path, out: Path) -> tuple[Work, Work]:
+    """The same, durable when it returns."""
+    copied, read = copy_large(url, source, out)
+
+    def synced() -> None:
+        copied()
+        _sync(out)
+
+    return synced, read
+
+
+def synced_small(url: str, source: Path, out: Path) -> tuple[Work, Work]:
+    _, read = copy_small(url, source, out)
+    one, two = out.with_suffix(".one"), out.with_suffix(".synced")
+    two.mkdir()
+
+    def synced(number: int) -> None:
+        shutil.copyfile(one / f"{number}", two / f"{number}")
+        hashlib.sha256((two / f"{number}").read_bytes()).digest()
+        _sync(two / f"{number}")
+
+    small = Small(source.stat().st_size)
+    return lambda: small.each(synced), read
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def copy_large(url: str, source: Path, out: Path) -> tuple[Work, Work]:
     """`cp` and one sha256: from the page cache, and durable some time later."""
 
