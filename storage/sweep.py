@@ -53,7 +53,8 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Condemned:
-    """What would go. `young`: objects that stay only because of the grace period."""
+    """What would go. `memos`: with the saves of trainings that were given up. `young`: objects that stay only because
+    of the grace period."""
 
     memos: tuple[Listed, ...]
     manifests: tuple[Listed, ...]
@@ -86,6 +87,7 @@ class _Store:
     manifests: dict[Ref, Listed] = field(default_factory=dict)
     blobs: dict[str, Listed] = field(default_factory=dict)
     memos: dict[str, Listed] = field(default_factory=dict)
+    saves: list[Listed] = field(default_factory=list)
     remembered: dict[str, Ref | None] = field(default_factory=dict)
     journals: Journals = field(default_factory=lambda: Journals(()))
 
@@ -103,6 +105,8 @@ class _Store:
                 found.blobs[one.key.partition("/")[2]] = one
             elif kind == "memo":
                 found.memos[one.key] = one
+            elif kind == "training":
+                found.saves.append(one)
         keys = list(found.memos)
         found.remembered = dict(zip(keys, each(keys, lambda key: _remembered(store, key)), strict=True))
         found.journals = read_journals(store.objects)
@@ -132,6 +136,7 @@ def mark(
         for key, one in there.memos.items()
         if (gave := there.remembered[key]) is None or gave in gone or gave not in there.manifests
     ]
+    stale += there.saves  # of trainings that were given up: one that is under way writes a new save in time
     loose = [one for blob, one in there.blobs.items() if blob not in needed]
     return Condemned(
         tuple(one for one in stale if one.modified < since),
@@ -140,7 +145,7 @@ def mark(
         (
             *(one for ref, one in there.manifests.items() if ref in kept and ref not in firm),
             *(one for blob, one in there.blobs.items() if blob in needed and blob not in firmly),
-            *(one for one in loose if one.modified >= since),
+            *(one for one in (*loose, *there.saves) if one.modified >= since),
         ),
         tuple(sorted(ref for ref in roots if ref not in there.manifests)),
     )

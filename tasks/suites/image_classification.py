@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from storage.artifacts import Artifact
@@ -18,7 +17,8 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.checkpoints import assets_folder
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.accuracy import accuracy_of
+from tasks.suites.base import Batch, Score, first
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
 from tasks.suites.labels import Labels, require_columns
 
@@ -104,15 +104,8 @@ class ImageProblem:
         limit: int | None = None,
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
-        rows = first(self.rows(split), limit)
-        accuracy = MulticlassAccuracy(self._labels.classes, average="micro").to(device)
-        done = 0
-        for batch in batches(rows, self._suite.batch, self.collate):
-            labels = batch["labels"]
-            accuracy.update(model(batch["pixel_values"].to(device))["logits"], labels.to(device))
-            done += len(labels)
-            report(done, len(rows))
-        return [Score("accuracy", float(accuracy.compute()), done)]
+        rows, suite = first(self.rows(split), limit), self._suite
+        return accuracy_of(model, rows, suite.batch, self.collate, self._labels.classes, device, report)
 
     def _pixels(self, row: dict[str, Any]) -> Tensor:
         ready = row.get("pixel_values")

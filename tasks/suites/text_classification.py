@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
@@ -17,7 +16,8 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.checkpoints import load_model
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
-from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.accuracy import accuracy_of
+from tasks.suites.base import Batch, Score, first
 from tasks.suites.heads import AnyHead, ClassNames, CosineHead
 from tasks.suites.labels import Labels, require_columns
 from tasks.suites.texts import SHOWN, Pooling, TextReader, features, pooled, require_fitting
@@ -110,16 +110,8 @@ class TextProblem:
         limit: int | None = None,
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
-        rows = first(self.rows(split), limit)
-        accuracy = MulticlassAccuracy(self._labels.classes, average="micro").to(device)
-        done = 0
-        for batch in batches(rows, self._suite.batch, self.collate):
-            there = {name: value.to(device) for name, value in batch.items()}
-            labels = there.pop("labels")
-            accuracy.update(model(**there)["logits"], labels)
-            done += len(labels)
-            report(done, len(rows))
-        return [Score("accuracy", float(accuracy.compute()), done)]
+        rows, suite = first(self.rows(split), limit), self._suite
+        return accuracy_of(model, rows, suite.batch, self.collate, self._labels.classes, device, report)
 
     def _build(self, width: int) -> CosineHead:
         """The head. One made of label names asks the base, not the model that is tuned or scored: it never moves."""

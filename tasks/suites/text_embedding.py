@@ -6,7 +6,7 @@ head at all, so backbones that were tuned apart can be merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
-from storage.errors import Mismatch
+from storage.errors import InvalidInput, Mismatch
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, first
@@ -121,6 +121,8 @@ class EmbeddingProblem:
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
         rows = first(self.rows(split), limit)
+        if not len(rows):
+            raise InvalidInput(f"the {split} split is empty", remedy="Check the path and the split names of the data")
         queries = [self._text(rows[number], self._suite.query) for number in range(len(rows))]
         own = [self._text(rows[number], self._suite.positive) for number in range(len(rows))]
         texts = list(dict.fromkeys(own))
@@ -140,7 +142,7 @@ class EmbeddingProblem:
             Score("mean_reciprocal_rank", reciprocal, len(ranks)),
         ]
 
-    def _embedded(self, model: Retriever, texts: list[str], device: str) -> Any:
+    def _embedded(self, model: Retriever, texts: list[str], device: str) -> Iterator[Tensor]:
         for begin in range(0, len(texts), self._suite.batch):
             batch = self._reader.read([(text,) for text in texts[begin : begin + self._suite.batch]])
             yield model.embed({name: one.to(device) for name, one in batch.items()})

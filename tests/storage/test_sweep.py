@@ -25,6 +25,7 @@ from storage.objects import DirectoryObjects, MemoryObjects
 from storage.pins import pin, pins, unpin
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, short
 from storage.roots import read_journals
+from storage.saves import Saves
 from storage.sweep import GRACE, Wishes, mark, sweep
 from storage.verify import verify
 from tests.builders import checkpoint_of, memory_store, update_of
@@ -309,6 +310,21 @@ def test_what_is_not_ours_stays(store: ArtifactStore) -> None:
     store.objects.delete("line/main.txt")
     sweep(store, Wishes(grace=0), now=later())
     assert list(store.objects.list("")) == ["notes/readme.txt", "table/x", "update/README"]
+
+
+def test_saves_of_trainings_that_were_given_up_go_after_the_grace_period(store: ArtifactStore) -> None:
+    saves = Saves(store.objects, "a" * 64)
+    saves.write(10, {"epoch": 0.5}, {"weight": torch.ones(3)})
+    keys = set(store.objects.list("training/"))
+    young = mark(store, Wishes())
+    assert not young.memos
+    assert {one.key for one in young.young} == keys
+    assert saves.newest() is not None
+    later = time.time() + GRACE + 60
+    assert {one.key for one in mark(store, Wishes(), now=later).memos} == keys
+    sweep(store, Wishes(), now=later)
+    assert saves.newest() is None
+    assert not list(store.objects.list("training/"))
 
 
 def test_on_an_s3_server(s3_url: str) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, BertModel
 
 from storage.artifacts import ArtifactStore
-from storage.errors import Mismatch
+from storage.errors import InvalidInput, Mismatch
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
 from tasks.checkpoints import load_model
@@ -116,3 +116,9 @@ def test_wrong_columns_and_empty_texts_are_refused(
         TextEmbedding(suite.data, query="question").open(store.open(bert)).rows("train")
     with pytest.raises(Mismatch, match="column 'positive' of the data: expected a text with words, found ' '"):
         suite.open(store.open(bert)).check([{"query": "x", "positive": " "}], "train")
+
+
+def test_a_split_without_pairs_has_no_score(bert: CheckpointRef, suite: TextEmbedding, store: ArtifactStore) -> None:
+    problem = suite.open(store.open(bert))
+    with pytest.raises(InvalidInput, match="test split is empty"):
+        problem.score(load_model(store.open(bert)), "cpu", quiet, limit=0)
