@@ -6,8 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from storage.cache import CachedObjects
+from storage.directory import DirectoryObjects
 from storage.errors import InvalidInput
-from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.objects import MemoryObjects, ObjectStore
 
 
 def open_objects(url: str, cache: Path | None = None, cache_size: int = 0) -> ObjectStore:

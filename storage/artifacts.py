@@ -34,7 +34,7 @@ from storage.manifest import (
 from storage.manifest import digest as sha256
 from storage.objects import ObjectStore
 from storage.refs import KINDS, Kind, Ref, parse_ref, short
-from storage.streams import Bytes, checked, digest_of, pieces_of, save
+from storage.streams import Bytes, Content, Filed, Held, checked, save
 
 FRESH = 24 * 3600.0  # seconds for which a blob that is written again counts as just written: see storage/sweep.py
 _RESTORE = (
@@ -169,9 +169,7 @@ class ArtifactStore:
 
     def write_blob(self, data: bytes) -> str:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""
-        name = sha256(data)
-        self.keep_blob(name, data)
-        return name
+        return self._add(Held(data))
 
     def keep_blob(self, name: str, data: bytes) -> None:
         """Store `data`, whose sha256 is `name`, unless it is there already."""
@@ -179,11 +177,12 @@ class ArtifactStore:
             self.objects.put(f"blob/{name}", data)
 
     def write_file(self, path: Path) -> Asset:
-        """Store a file's content as a blob. The file is read twice: its name must be known before it is sent."""
-        name, size = digest_of(pieces_of(path))
-        if not self._is_fresh(name, size):
-            self.objects.write(f"blob/{name}", size, checked(pieces_of(path), name, what=str(path)))
-        return Asset(name, size)
+        """Store a file's content as a blob, in pieces, so that its size does not matter."""
+        content = Filed(path)
+        return Asset(self._add(content), content.size)
+
+    def _add(self, content: Content) -> str:
+        return self.objects.add("blob", content, lambda name: self._is_fresh(name, content.size))
 
     def _is_fresh(self, name: str, size: int) -> bool:
         """Whether a blob is there and need not be written. One that is there since long is written again: a prune that

@@ -20,9 +20,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from storage.errors import InvalidInput
+from storage.files import write_all
 from storage.keys import Listed
-from storage.objects import ObjectStore
-from storage.streams import Bytes
+from storage.objects import Known, ObjectStore
+from storage.streams import Bytes, Content
 
 _WRITTEN_ONCE = re.compile(r"(blob|checkpoint|update|state|scores)/([0-9a-f]{64})")
 _SCRAP = 3600  # seconds after which a half-written copy is that of a process that ended
@@ -72,6 +73,9 @@ class CachedObjects:
 
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         self.below.write(key, size, pieces)
+
+    def add(self, folder: str, content: Content, known: Known) -> str:
+        return self.below.add(folder, content, known)
 
     def create(self, key: str, data: bytes) -> bool:
         return self.below.create(key, data)
@@ -128,7 +132,8 @@ class CachedObjects:
             try:
                 self._make_room(len(data))
                 path.parent.mkdir(exist_ok=True)
-                written.write_bytes(data)
+                with written.open("xb", buffering=0) as file:
+                    write_all(file.fileno(), data)
                 os.replace(written, path)
             finally:
                 written.unlink(missing_ok=True)

@@ -17,8 +17,9 @@ from uuid import uuid4
 
 from storage.cache import uncached
 from storage.conditions import Conditional, examine
+from storage.directory import DirectoryObjects
 from storage.errors import DeltaworksError, InvalidInput
-from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.objects import MemoryObjects, ObjectStore
 
 _TIMES = 10
 _KEYS = ("b/2", "a/10", "a-/1", "a/1", "b/1")

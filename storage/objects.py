@@ -1,4 +1,5 @@
-"""Object stores: bytes under keys, in memory or in a directory. The S3 backend is in s3.py, the choice in address.py.
+"""Object stores: bytes under keys, and the one in memory. Folders are in directory.py, S3 in s3.py, the choice in
+address.py.
 
 All three promise the same: `put` is atomic (a reader sees all of the bytes or none), `create` succeeds for exactly one
 of several writers, and keys are relative paths of letters, digits and `-_./`.
@@ -6,21 +7,16 @@ of several writers, and keys are relative paths of letters, digits and `-_./`.
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
-from stat import S_ISREG
 from typing import Protocol
-from uuid import uuid4
 
-from storage.errors import Missing, StoreFull, Unavailable
+from storage.errors import Missing
 from storage.keys import Listed, check_key, check_prefix
-from storage.streams import PIECE, Bytes, exactly
+from storage.streams import PIECE, Bytes, Content, exactly
+
+Known = Callable[[str], bool]
 
 
 class ObjectStore(Protocol):
@@ -53,6 +49,10 @@ class ObjectStore(Protocol):
 
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         """Like `put`, of `size` bytes that come piece by piece. Nothing is visible if fewer come, or they raise."""
+        ...
+
+    def add(self, folder: str, content: Content, known: Known) -> str:
+        """Write `content` as `folder`/<its sha256>, unless that name is `known`; the sha256."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
@@ -118,6 +118,9 @@ class MemoryObjects:
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         self.put(key, b"".join(exactly(pieces, size)))
 
+    def add(self, folder: str, content: Content, known: Known) -> str:
+        return add_once_named(self, folder, content, known)
+
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
             if check_key(key) in self._objects:
@@ -151,137 +154,8 @@ class MemoryObjects:
             self._written.pop(key, None)
 
 
-class DirectoryObjects:
-    """Objects as files below one folder. Written beside their place, synced, then moved there in one step."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
-
-    @property
-    def url(self) -> str:
-        return self.root.as_uri()
-
-    def ready(self) -> None:
-        """A folder is made when something is written; the file system picks the winner of a `create`."""
-
-    def get(self, key: str) -> bytes:
-        try:
-            return self._path(key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise Missing(f"{key} is not in {self.root}") from None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-
-    def view(self, key: str) -> memoryview:
-        """A private memory map: pages come from the disk when they are used, and changes never reach it."""
-        try:
-            with self._path(key).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray())
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise Missing(f"{key} is not in {self.root}") from None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-
-    def read(self, key: str) -> Iterator[memoryview]:
-        try:
-            with self._path(key).open("rb", buffering=0) as file:
-                while piece := file.read(PIECE):
-                    yield memoryview(piece)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise Missing(f"{key} is not in {self.root}") from None
-        except OSError as error:
-            raise Unavailable(f"cannot read {self._path(key)}: {error}") from error
-
-    def put(self, key: str, data: bytes) -> None:
-        self._write(key, len(data), [data], os.replace)
-
-    def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
-        self._write(key, size, pieces, os.replace)
-
-    def create(self, key: str, data: bytes) -> bool:
-        def link(written: Path, place: Path) -> None:
-            os.link(written, place)  # unlike a rename, fails if the name is taken: the file system picks the winner
-            written.unlink()
-
-        try:
-            self._write(key, len(data), [data], link)
-        except _Taken:
-            return False
-        return True
-
-    def size(self, key: str) -> int | None:
-        return None if (found := self.stat(key)) is None else found.bytes
-
-    def stat(self, key: str) -> Listed | None:
-        return _listed(key, self._path(key))
-
-    def list(self, prefix: str) -> Iterator[str]:
-        check_prefix(prefix)
-        start = self.root / prefix.rpartition("/")[0]
-        found = (path for path in start.rglob("*") if path.is_file() and not path.name.startswith("."))
-        keys = (path.relative_to(self.root).as_posix() for path in found)
-        return iter(sorted(key for key in keys if key.startswith(prefix)))
-
-    def listed(self, prefix: str) -> Iterator[Listed]:
-        found = (_listed(key, self.root / key) for key in self.list(prefix))
-        return (one for one in found if one is not None)
-
-    def delete(self, key: str) -> None:
-        try:
-            self._path(key).unlink(missing_ok=True)
-        except NotADirectoryError:
-            return
-        except OSError as error:
-            raise Unavailable(f"cannot remove {self._path(key)}: {error}") from error
-
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
-
-    def _write(self, key: str, size: int, pieces: Iterable[Bytes], move: Callable[[Path, Path], None]) -> None:
-        place = self._path(key)
-        written = place.with_name(f".{uuid4().hex}.part")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with open(written, "xb") as file:
-                for piece in exactly(pieces, size):
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                move(written, place)
-            except FileExistsError as error:
-                raise _Taken from error
-            _sync_folder(place.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise StoreFull(
-                    f"no room for {key} ({size:,} bytes) in {self.root}: {error.strerror}",
-                    remedy="Free some space and run the same command again; nothing half-written was left",
-                ) from error
-            raise Unavailable(f"cannot write {place}: {error}") from error
-        finally:
-            with suppress(OSError):  # whatever kept it from being written also explains why it is not there
-                written.unlink(missing_ok=True)
-
-
-def _listed(key: str, path: Path) -> Listed | None:
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise Unavailable(f"cannot read {path}: {error}") from error
-    return Listed(key, found.st_size, found.st_mtime) if S_ISREG(found.st_mode) else None
-
-
-class _Taken(Exception):
-    """The name of a new object is in use."""
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def add_once_named(store: ObjectStore, folder: str, content: Content, known: Known) -> str:
+    """`ObjectStore.add` for a store that must know the name of what it is about to take."""
+    if not known(content.name()):
+        store.write(f"{folder}/{content.name()}", content.size, content.pieces())
+    return content.name()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from storage.keys import Listed
-from storage.objects import ObjectStore
-from storage.streams import Bytes
+from storage.objects import Known, ObjectStore
+from storage.streams import Bytes, Content
 
 
 class Overlay:
@@ -34,6 +34,9 @@ class Overlay:
 
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         self._above.write(key, size, pieces)
+
+    def add(self, folder: str, content: Content, known: Known) -> str:
+        return self._above.add(folder, content, known)
 
     def create(self, key: str, data: bytes) -> bool:
         return self.size(key) is None and self._above.create(key, data)

@@ -19,10 +19,11 @@ from botocore.exceptions import ClientError
 from storage.conditions import ROUNDS, Conditional, examine
 from storage.errors import DeltaworksError, InvalidInput, Missing, Unavailable
 from storage.keys import Listed, check_key, check_prefix
+from storage.objects import Known, add_once_named
 from storage.s3_client import S3Settings, connect
 from storage.s3_errors import ASK, BROKEN_OFF, FOREIGN, WAIT, answer_of, translate, without_login
 from storage.s3_transfer import BREAKS, SINGLE, Transfer
-from storage.streams import Bytes, exactly
+from storage.streams import Bytes, Content, exactly
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -78,6 +79,9 @@ class S3Objects:
 
     def write(self, key: str, size: int, pieces: Iterable[Bytes]) -> None:
         self._put(key, size, pieces)
+
+    def add(self, folder: str, content: Content, known: Known) -> str:
+        return add_once_named(self, folder, content, known)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` if `key` is free. True also if `key` already holds the very same bytes.

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from storage.overlay import Overlay
 
 

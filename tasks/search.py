@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from storage.overlay import Overlay
 from storage.refs import CheckpointRef, ScoresRef, StateRef
 from storage.tables import write_rows

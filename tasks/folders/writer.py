@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InvalidInput, StoreFull
+from storage.files import write_all
 from tasks.folders.reader import INDEX, SINGLE, bytes_of
 from tasks.tensors import dtype_name
 
@@ -78,10 +79,7 @@ class ShardWriter:
         if not piece.numel():
             return
         descriptor, first = self._spots[name]
-        at, done = first + start * piece.dtype.itemsize, 0
-        left = bytes_of(piece.reshape(-1))
-        while done < len(left):
-            done += os.pwrite(descriptor, left[done:], at + done)
+        write_all(descriptor, bytes_of(piece.reshape(-1)), first + start * piece.dtype.itemsize)
 
     def close(self) -> None:
         for descriptor in self._descriptors:

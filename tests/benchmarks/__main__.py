@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from tasks.codecs import Leaf, Ternary
 from tasks.mergers import Opcm, Target
 from tasks.select import kth_magnitude

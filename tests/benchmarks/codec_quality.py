@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.chain import load_chain
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import CODECS, Codec
 from tasks.compress import compress_update

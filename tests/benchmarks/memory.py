@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from storage.refs import CheckpointRef, StateRef, UpdateRef
 from tasks.merge import fold_update
 from tasks.mergers import MERGERS

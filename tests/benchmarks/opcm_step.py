@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor
 
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from storage.refs import CheckpointRef, StateRef, UpdateRef
 from tasks.materialize import materialize
 from tasks.merge import fold_update

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from configs.chain import load_chain
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from storage.refs import CheckpointRef, UpdateRef
 from tasks.compress import compress_update
 from tasks.digits_base import DigitsBase, train_digits_base

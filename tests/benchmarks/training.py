@@ -38,7 +38,7 @@ _WARM = 5
 def prepared(case: str, folder: Path) -> tuple[Any, Any, Any, Any]:
     """Store, base, suite and tuner of a case."""
     from storage.artifacts import ArtifactStore
-    from storage.objects import DirectoryObjects
+    from storage.directory import DirectoryObjects
     from tasks.tuners import Full
 
     store = ArtifactStore(DirectoryObjects(folder / "store"))

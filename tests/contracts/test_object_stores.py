@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -23,13 +24,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
 from storage.cache import CachedObjects
+from storage.directory import DirectoryObjects
 from storage.errors import Conflict, Damaged, InvalidInput, Missing, Unavailable
 from storage.lines import Entry, Line
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.objects import MemoryObjects, ObjectStore
 from storage.overlay import Overlay
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
-from storage.streams import copy
+from storage.streams import PIECE, Filed, Held, copy
 
 R = TypeVar("R")
 WRITERS = 16
@@ -119,6 +121,41 @@ class TestObjectStore:
                 objects.write(key, 10, failing())
         assert [*objects.list("")] == ["old"]
         assert objects.get("old") == b"before"
+
+    @pytest.mark.parametrize("size", [0, 1, PIECE, 2 * PIECE + 5])
+    def test_what_is_added_is_named_by_its_content(self, objects: ObjectStore, tmp_path: Path, size: int) -> None:
+        data = torch.arange(size // 4 + 1, dtype=torch.int32).numpy().tobytes()[:size]
+        file = tmp_path / "a file"
+        file.write_bytes(data)
+        asked = []
+        for content in (Held(data), Filed(file)):
+            name = objects.add("blob", content, lambda name: bool(asked.append(name)))
+            assert name == content.name() == sha256(data).hexdigest()
+            assert [*objects.list("")] == [f"blob/{name}"] and objects.get(f"blob/{name}") == data
+            objects.delete(f"blob/{name}")
+            assert objects.add("blob", content, lambda name: True) == name
+            assert not [*objects.list("")]
+        assert asked == [name, name]
+
+    def test_a_file_that_changes_under_way_is_never_named_wrongly(self, objects: ObjectStore, tmp_path: Path) -> None:
+        """Whichever of its contents is stored bears its own name; else nothing is, and the error names the file."""
+        file = tmp_path / "weights.bin"
+
+        def known(name: str) -> bool:
+            file.write_bytes(b"b" * 2 * PIECE)
+            return False
+
+        file.write_bytes(b"a" * 2 * PIECE)
+        problem = ""
+        try:
+            name = objects.add("blob", Filed(file), known)
+        except Damaged as error:
+            problem = str(error)
+        else:
+            assert sha256(objects.get(f"blob/{name}")).hexdigest() == name
+        if problem:
+            assert "weights.bin" in problem
+            assert not [*objects.list("")]
 
     def test_objects_are_copied_between_stores_and_checked(self, objects: ObjectStore) -> None:
         other, data = MemoryObjects(), bytes(range(256)) * 70_000
@@ -254,7 +291,7 @@ _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from storage.errors import StoreFull
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
@@ -488,6 +525,32 @@ class TestDirectoryEdges:
             with pytest.raises(Unavailable, match="cannot write"):
                 write("a/b", b"2")
         assert objects.get("a") == b"1"
+
+    def test_a_folder_that_cannot_be_synced_fails_everybody_who_waits(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Syncs of one folder are shared; a failed one must not count for those who waited for it."""
+        objects, sync = DirectoryObjects(tmp_path), os.fsync
+        broken = threading.Event()
+        broken.set()
+
+        def fail(descriptor: int) -> None:
+            if broken.is_set() and os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                time.sleep(0.01)
+                raise OSError(5, "Input/output error")
+            sync(descriptor)
+
+        def put(number: int) -> str:
+            try:
+                objects.put(f"blob/{number}", b"x")
+            except Unavailable as error:
+                return str(error)
+            return "durable"
+
+        monkeypatch.setattr(os, "fsync", fail)
+        assert all("Input/output" in str(outcome) for outcome in at_once(put))
+        broken.clear()
+        assert at_once(put) == ["durable"] * WRITERS
 
     @pytest.mark.parametrize("prefix", ["../", "/etc/h", "a/../", "a//"])
     def test_lists_do_not_leave_the_store(self, tmp_path: Path, prefix: str) -> None:

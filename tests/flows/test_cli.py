@@ -17,8 +17,8 @@ import yaml
 from transformers import AutoModel
 
 from configs.chain import PRESETS
+from storage.directory import DirectoryObjects
 from storage.lines import Line
-from storage.objects import DirectoryObjects
 
 COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from storage.refs import UpdateRef
 from tasks.codecs import CODECS
 from tasks.tensors import read_delta

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import CODECS, Ternary
 from tasks.compress import compress_update

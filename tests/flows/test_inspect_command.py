@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from flows import inspect_command, inspect_picture
 from flows.cli import app
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from tasks.codecs import CODECS, Ternary
 from tasks.compress import compress_update
 from tasks.inspect_update import inspect_update

@@ -25,9 +25,9 @@ from flows.report import comparison_table
 from flows.tables import show_artifact
 from flows.workplace import here
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Conflict, InvalidInput
 from storage.lines import Entry, Line
-from storage.objects import DirectoryObjects
 from storage.refs import Ref, StateRef, UpdateRef
 from storage.verify import verify, verify_lines
 from tasks.materialize import materialize

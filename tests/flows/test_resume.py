@@ -19,8 +19,8 @@ from configs.chain import load_chain
 from flows.chain import chain
 from flows.workplace import here
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.lines import Line
-from storage.objects import DirectoryObjects
 from storage.verify import verify, verify_lines
 
 RUN = [sys.executable, "-c", "from flows.cli import main; main()", "run", "smoke"]

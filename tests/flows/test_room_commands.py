@@ -17,9 +17,9 @@ from flows.cli import app
 from flows.store_words import seconds, size
 from storage.artifacts import ArtifactStore
 from storage.checked import Checked
+from storage.directory import DirectoryObjects
 from storage.errors import InvalidInput
 from storage.lines import Line
-from storage.objects import DirectoryObjects
 from storage.refs import Ref, short
 from storage.registry import Registry, Stage
 from tasks.mergers import Average

@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 from flows import similarity_command, similarity_picture
 from flows.cli import app
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.lines import Line
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from storage.refs import CheckpointRef, UpdateRef
 from tasks.codecs import Ternary
 from tasks.compress import compress_update

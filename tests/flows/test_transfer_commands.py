@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.index import index_file, indexed
 from storage.lines import Fold, Line
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from storage.refs import CheckpointRef, ScoresRef
 from storage.roots import read_journals
 from storage.tables import write_rows

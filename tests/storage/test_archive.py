@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from storage.address import open_objects
 from storage.archive import export_line, import_line
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Conflict, Damaged, DeltaworksError, InvalidInput
 from storage.lines import Line
 from storage.manifest import Lineage, canonical, digest
-from storage.objects import DirectoryObjects, MemoryObjects
+from storage.objects import MemoryObjects
 from storage.refs import StateRef
 from storage.roots import read_journals
 from storage.verify import verify

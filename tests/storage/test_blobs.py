@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from storage.artifacts import FRESH, ArtifactStore
 from storage.blobs import DTYPES, decode_parts, encode_parts
+from storage.directory import DirectoryObjects
 from storage.errors import Damaged
-from storage.objects import DirectoryObjects
 
 
 def read(data: bytes) -> dict[str, torch.Tensor]:

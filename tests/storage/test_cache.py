@@ -15,9 +15,10 @@ import pytest
 
 from storage.artifacts import ArtifactStore
 from storage.cache import CachedObjects, uncached
+from storage.directory import DirectoryObjects
 from storage.errors import InvalidInput, Missing
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, MemoryObjects
+from storage.objects import MemoryObjects
 from storage.verify import verify
 
 DATA = bytes(range(256)) * 40

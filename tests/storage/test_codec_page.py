@@ -18,8 +18,8 @@ from torch import Tensor
 
 from storage.artifacts import ArtifactStore
 from storage.blobs import encode_parts
+from storage.directory import DirectoryObjects
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects
 from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary, decode_parts, restore_parts
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.low_rank import LowRank

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from storage.artifacts import Artifact, ArtifactStore
 from storage.blobs import Parts
+from storage.directory import DirectoryObjects
 from storage.drafts import Draft
 from storage.manifest import Lineage, TensorRecord
-from storage.objects import DirectoryObjects
 from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.dense import dense_parts

@@ -13,11 +13,11 @@ import torch
 
 from storage.archive import export_line
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Damaged
 from storage.index import indexed
 from storage.lines import Line
 from storage.manifest import Lineage, canonical, digest
-from storage.objects import DirectoryObjects
 from storage.refs import Ref, StateRef, UpdateRef
 from storage.roots import read_journals
 from storage.sweep import GRACE, Wishes, sweep

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Damaged, InvalidInput
 from storage.manifest import (
     Asset,
@@ -28,7 +29,6 @@ from storage.manifest import (
     digest,
     encode_manifest,
 )
-from storage.objects import DirectoryObjects
 from storage.refs import Ref, UpdateRef
 from tasks.tensors import prefixed, read_tensor
 

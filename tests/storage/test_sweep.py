@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Damaged, Missing
 from storage.lines import Line
 from storage.manifest import Lineage
-from storage.objects import DirectoryObjects, MemoryObjects
+from storage.objects import MemoryObjects
 from storage.pins import pin, pins, unpin
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, short
 from storage.roots import read_journals

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Conflict, Damaged, Missing
 from storage.lines import Line
-from storage.objects import DirectoryObjects, MemoryObjects, ObjectStore
+from storage.objects import MemoryObjects, ObjectStore
 from storage.pins import pin
 from storage.refs import CheckpointRef, short
 from storage.roots import read_journals

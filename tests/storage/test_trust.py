@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import Damaged, InvalidInput
 from storage.lines import Line
 from storage.manifest import Asset, Lineage, Manifest, TensorRecord, canonical, decode_manifest, digest, encode_manifest
 from storage.needs import Needs, needed_by
-from storage.objects import DirectoryObjects
 from storage.refs import Ref
 from storage.roots import read_journals
 from storage.verify import verify

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
 from storage.errors import InvalidInput
-from storage.objects import DirectoryObjects, MemoryObjects
+from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
 from storage.saves import Saves
 from tasks.data import Digits
@@ -153,7 +154,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from storage.artifacts import ArtifactStore
-from storage.objects import DirectoryObjects
+from storage.directory import DirectoryObjects
 from tasks.digits_base import train_digits_base
 from tasks.fine_tune import fine_tune
 from tests.tasks.test_resume_training import BASE, LONG, SUITE
