@@ -17,6 +17,7 @@ from tasks.ingest import Checkpoint, locate
 
 ClassNames = tuple[str, ...] | None  # of the labels in order, if they are known
 Embed = Callable[[list[str]], Tensor]  # texts -> the base's own features of them [number of texts, D]
+Means = Callable[[int], Tensor]  # C -> the base's own mean feature of each class [C, D], of unit length
 
 
 class CosineHead(nn.Module):
@@ -53,7 +54,9 @@ class Orthonormal(Choice):
     def count(self, names: ClassNames = None) -> int:
         return self.classes
 
-    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
+    def build(
+        self, width: int, names: ClassNames = None, embed: Embed | None = None, means: Means | None = None
+    ) -> CosineHead:
         require(self.classes <= width, "classes", f"at most the width of the features, {width}", self.classes)
         generator = torch.Generator().manual_seed(self.seed)
         draws = [torch.randn(width, self.classes, generator=generator) for _ in range(self.index + 1)]
@@ -86,7 +89,9 @@ class ClipText(Choice):
     def count(self, names: ClassNames = None) -> int:
         return len(self.names(names))
 
-    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
+    def build(
+        self, width: int, names: ClassNames = None, embed: Embed | None = None, means: Means | None = None
+    ) -> CosineHead:
         from transformers import AutoTokenizer, CLIPModel
 
         folder = locate(Checkpoint(source=self.source, revision=self.revision))
@@ -143,7 +148,9 @@ class LabelText(Choice):
     def count(self, names: ClassNames = None) -> int:
         return len(self._known(names))
 
-    def build(self, width: int, names: ClassNames = None, embed: Embed | None = None) -> CosineHead:
+    def build(
+        self, width: int, names: ClassNames = None, embed: Embed | None = None, means: Means | None = None
+    ) -> CosineHead:
         if embed is None:
             raise InvalidInput(
                 "a head of label texts needs a base that reads texts", remedy="Take head clip_text for images"
@@ -160,4 +167,31 @@ class LabelText(Choice):
         return names
 
 
-AnyHead = Annotated[Orthonormal | ClipText | LabelText, BY_NAME]
+@dataclass(frozen=True)
+class ClassMeans(Choice):
+    """The means of the base's own features of the train split's classes: what the base can do before it is tuned.
+
+    With it a suite measures how much of the base's ability a merged model has kept.
+    """
+
+    name: Literal["class_means"] = "class_means"
+    version: Literal[1] = 1
+    classes: int = 10
+    scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.classes > 1, "classes", "at least 2", self.classes)
+        require(self.scale > 0, "scale", "positive", self.scale)
+
+    def count(self, names: ClassNames = None) -> int:
+        return self.classes
+
+    def build(
+        self, width: int, names: ClassNames = None, embed: Embed | None = None, means: Means | None = None
+    ) -> CosineHead:
+        if means is None:
+            raise InvalidInput("a head of class means needs a suite that classifies", remedy="Take another head")
+        return CosineHead(means(self.classes), self.scale)
+
+
+AnyHead = Annotated[Orthonormal | ClipText | LabelText | ClassMeans, BY_NAME]

@@ -14,13 +14,14 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
-from tasks.checkpoints import assets_folder
+from tasks.checkpoints import assets_folder, load_model
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.accuracy import accuracy_of
 from tasks.suites.base import Batch, Score, first
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
 from tasks.suites.labels import Labels, require_columns
+from tasks.suites.means import class_means
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,16 @@ class Classifier(nn.Module):
         self.backbone, self.head, self.feature = backbone, head, feature
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        output = self.backbone(pixel_values=pixel_values)
-        feature_BD = output.pooler_output if self.feature == "pooled" else output.last_hidden_state[:, 0]
-        logits_BC = self.head(feature_BD)
+        logits_BC = self.head(feature_of(self.backbone, self.feature, pixel_values))
         found = {"logits": logits_BC}
         return found if labels is None else {"loss": functional.cross_entropy(logits_BC, labels), **found}
+
+
+def feature_of(backbone: nn.Module, feature: str, pixel_values: Tensor) -> Tensor:
+    """[B, D]: what a head sees of images."""
+    output = backbone(pixel_values=pixel_values)
+    found: Tensor = output.pooler_output if feature == "pooled" else output.last_hidden_state[:, 0]
+    return found
 
 
 class ImageProblem:
@@ -69,6 +75,7 @@ class ImageProblem:
         self._suite = suite
         self._base = base
         self._processor: Any = None
+        self._head: CosineHead | None = None
         self._names = suite.data.class_names(suite.label)
         known = suite.head.names(self._names) if isinstance(suite.head, ClipText) else self._names
         self._labels = Labels(suite.head.count(self._names), known)
@@ -91,8 +98,10 @@ class ImageProblem:
         width = getattr(backbone.config, "hidden_size", None)
         if width is None:
             raise InvalidInput(f"{type(backbone).__name__} has no hidden_size: it is no vision backbone")
-        head = self._suite.head.build(width, self._names)
-        return Classifier(backbone, head, self._suite.feature)
+        if self._head is None:
+            with torch.inference_mode(False):  # what was made in that mode could not be trained with
+                self._head = self._suite.head.build(width, self._names, means=self._means)
+        return Classifier(backbone, self._head, self._suite.feature)
 
     @torch.inference_mode()
     def score(
@@ -106,6 +115,17 @@ class ImageProblem:
         model = self.wrap(backbone).to(device).eval()
         rows, suite = first(self.rows(split), limit), self._suite
         return accuracy_of(model, rows, suite.batch, self.collate, self._labels.classes, device, report)
+
+    def _means(self, classes: int) -> Tensor:
+        base, suite = load_model(self._base, dtype=torch.float32).eval(), self._suite
+        with torch.no_grad():
+            return class_means(
+                lambda batch: feature_of(base, suite.feature, batch["pixel_values"]),
+                self.rows("train"),
+                suite.batch,
+                self.collate,
+                classes,
+            )
 
     def _pixels(self, row: dict[str, Any]) -> Tensor:
         ready = row.get("pixel_values")

@@ -20,6 +20,7 @@ from tasks.suites.accuracy import accuracy_of
 from tasks.suites.base import Batch, Score, first
 from tasks.suites.heads import AnyHead, ClassNames, CosineHead
 from tasks.suites.labels import Labels, require_columns
+from tasks.suites.means import class_means
 from tasks.suites.texts import SHOWN, Pooling, TextReader, features, pooled, require_fitting
 
 
@@ -116,11 +117,22 @@ class TextProblem:
     def _build(self, width: int) -> CosineHead:
         """The head. One made of label names asks the base, not the model that is tuned or scored: it never moves."""
         with torch.inference_mode(False), torch.random.fork_rng():
-            return self._suite.head.build(width, self._names, self._embed)
+            return self._suite.head.build(width, self._names, self._embed, self._means)
 
     def _embed(self, texts: list[str]) -> Tensor:
         base = load_model(self._base, dtype=torch.float32)
         return features(base, self._reader, self._suite.pooling, texts)
+
+    def _means(self, classes: int) -> Tensor:
+        base, suite = load_model(self._base, dtype=torch.float32).eval(), self._suite
+        with torch.no_grad():
+            return class_means(
+                lambda batch: pooled(base, suite.pooling, batch),
+                self.rows("train"),
+                suite.batch,
+                self.collate,
+                classes,
+            )
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
         found = []

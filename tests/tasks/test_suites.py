@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,12 +18,13 @@ from storage.errors import InvalidInput, Mismatch
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
 from tasks.checkpoints import load_model
-from tasks.data import Parquet
+from tasks.data import Digits, Parquet, Split
+from tasks.digits_base import DigitsBase, train_digits_base
 from tasks.evaluate import evaluate, read_scores
 from tasks.ingest import Checkpoint, ingest
 from tasks.suites import ImageClassification
 from tasks.suites.base import Problem
-from tasks.suites.heads import ClipText, Orthonormal
+from tasks.suites.heads import ClassMeans, ClipText, Orthonormal
 from tasks.suites.image_classification import ImageProblem
 from tests.tasks.tiny_tokenizer import BOS, EOS, IDS, ids, quiet, save_tokenizer
 
@@ -32,6 +34,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def store() -> ArtifactStore:
     return ArtifactStore(MemoryObjects())
+
+
+@pytest.fixture(scope="module")
+def digits_base(store: ArtifactStore) -> CheckpointRef:
+    return train_digits_base(DigitsBase(width=32, steps=200), store)
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +191,36 @@ def test_orthonormal_heads_are_orthonormal_and_distinct() -> None:
     assert not torch.equal(heads[0], Orthonormal(classes=10, seed=8).build(32).weight)
     with pytest.raises(InvalidInput, match="classes must be at most the width of the features, 8"):
         Orthonormal(classes=10).build(8)
+
+
+def test_class_means_are_what_the_base_itself_sees(digits_base: CheckpointRef, store: ArtifactStore) -> None:
+    """Against the nearest class mean computed with numpy; a model that lost what the base knew scores less."""
+    suite = ImageClassification(Digits(view="id"), ClassMeans())
+    base = store.open(digits_base, "checkpoint")
+    problem = suite.open(base)
+
+    def features(split: Split) -> tuple[np.ndarray, np.ndarray]:
+        rows = problem.rows(split)
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        with torch.no_grad():
+            feature = load_model(base)(pixel_values=pixels).last_hidden_state[:, 0]
+        return functional.normalize(feature, dim=-1).numpy(), np.array([row["label"] for row in rows])
+
+    train, labels = features("train")
+    means = np.stack([train[labels == number].mean(axis=0) for number in range(10)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    test, wanted = features("test")
+    expected = float(((test @ means.T).argmax(axis=1) == wanted).mean())
+    (score,) = problem.score(load_model(base), "cpu", quiet)
+    assert score.value == pytest.approx(expected, abs=2e-3)  # a tie may fall otherwise
+    assert score.value > 0.5
+    moved = load_model(base)
+    with torch.no_grad():
+        moved.get_parameter("layers.0.mlp.fc1.weight").normal_()
+    assert problem.score(moved, "cpu", quiet)[0].value < score.value
+
+
+def test_class_means_need_examples_of_every_class(digits_base: CheckpointRef, store: ArtifactStore) -> None:
+    problem = ImageClassification(Digits(view="id"), ClassMeans(classes=11)).open(store.open(digits_base))
+    with pytest.raises(InvalidInput, match="the train split has none of class 10"):
+        problem.wrap(load_model(store.open(digits_base)))

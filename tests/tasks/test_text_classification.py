@@ -22,7 +22,7 @@ from tasks.evaluate import evaluate, leading
 from tasks.fine_tune import fine_tune
 from tasks.ingest import Checkpoint, ingest
 from tasks.suites import TextClassification
-from tasks.suites.heads import LabelText, Orthonormal
+from tasks.suites.heads import ClassMeans, LabelText, Orthonormal
 from tasks.tuners import Full, Lora
 from tests.tasks.tiny_bert import save_bert
 from tests.tasks.tiny_tokenizer import quiet
@@ -108,7 +108,11 @@ class Mood:
     suite: TextClassification
 
 
-@pytest.mark.parametrize("head", [LabelText(), Orthonormal(classes=2)], ids=["label_text", "orthonormal"])
+@pytest.mark.parametrize(
+    "head",
+    [LabelText(), Orthonormal(classes=2), ClassMeans(classes=2)],
+    ids=["label_text", "orthonormal", "class_means"],
+)
 @pytest.mark.parametrize("tuner", [TUNER, Lora(steps=60, batch=16, learning_rate=1e-2, rank=4)], ids=["full", "lora"])
 def test_it_learns(bert: CheckpointRef, suite: TextClassification, store: ArtifactStore, head: Any, tuner: Any) -> None:
     Mood.suite = replace(suite, head=head)
