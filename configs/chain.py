@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import yaml
 from pydantic import TypeAdapter
 
+from configs.reading import named_in, read_yaml
 from configs.validation import field_names, validated
 from storage.errors import InvalidInput
 from tasks.choice import BY_NAME, choices, require
@@ -116,13 +116,7 @@ _ADAPTER: TypeAdapter[ChainConfig] = TypeAdapter(ChainConfig)
 
 def load_chain(source: str | Path) -> ChainConfig:
     """Read a chain from a YAML file, or from the preset of that name (`demo`)."""
-    path = _find(source)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{path} is not YAML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}") from error
+    path, values = read_yaml(source, PRESETS, "Presets")
     return parse_chain(values, source=str(path))
 
 
@@ -130,7 +124,7 @@ def parse_chain(values: Any, *, source: str = "the chain") -> ChainConfig:
     """A chain from plain values. Errors name every wrong field and what it could be."""
     if not isinstance(values, dict):
         raise InvalidInput(f"{source} must be a mapping with the fields {', '.join(field_names(ChainConfig))}")
-    return validated(_ADAPTER, values, f"{source} is not a valid chain", _owner)
+    return validated(_ADAPTER, values, f"{source} is not a valid chain", partial(owner_of, top=ChainConfig))
 
 
 def dump_chain(config: ChainConfig) -> dict[str, Any]:
@@ -140,26 +134,14 @@ def dump_chain(config: ChainConfig) -> dict[str, Any]:
 
 
 def presets() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return named_in(PRESETS)
 
 
-def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    preset = PRESETS / f"{source}.yaml"
-    if preset.is_file():
-        return preset
-    close = difflib.get_close_matches(str(source), presets(), n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
-    raise InvalidInput(f"there is no file {str(source)!r}", remedy=f"{hint}Presets: {', '.join(presets())}")
-
-
-def _owner(loc: tuple[Any, ...]) -> type:
+def owner_of(loc: tuple[Any, ...], top: type) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
     families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
     known["search"] = Search
     for family in families:
         known |= choices(family)
-    return next((known[part] for part in reversed(loc[:-1]) if part in known), ChainConfig)
+    return next((known[part] for part in reversed(loc[:-1]) if part in known), top)

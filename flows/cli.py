@@ -18,6 +18,7 @@ from flows.inspect_command import inspect
 from flows.line_commands import line_app
 from flows.line_fold import line_fold
 from flows.merge_command import merge
+from flows.report_commands import report_app
 from flows.room_commands import du, pin, pins, prune, unpin
 from flows.series_commands import series_app
 from flows.similarity_command import similarity
@@ -57,6 +58,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks inspect UPDATE             which of them fits an update
 
+  deltaworks report mergeability        which tuner to take when the aim is merging
+
   deltaworks merge BASE TUNED... OUT    folders into a folder, without a store
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
@@ -91,6 +94,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 _UPDATES, _STORE = "Lines, updates and models", "The store"  # panels of --help; what runs things has its own, the first
 app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
+app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
 for _command in (codecs, compress, inspect, similarity, merge, export):
     app.command(rich_help_panel=_UPDATES)(_command)

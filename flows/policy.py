@@ -7,7 +7,8 @@ is still there. Prefect shows a remembered step in the state `Cached`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from prefect.states import Completed
 
 from flows import progress
 from flows.workplace import here
+from storage.artifacts import Memo
 from storage.errors import Unavailable
 from storage.manifest import canonical, digest
 from storage.refs import Ref
@@ -47,14 +49,15 @@ def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
         def step(*args: P.args, **kwargs: P.kwargs) -> Any:
             store = here().store
             key = content_key(function.__name__, version, [*args, *kwargs.values()])
-            about = {"step": function.__name__, "version": version}
             found = store.recall(key)
             if found is not None:
-                store.remember(key, found, about)  # in use again: a prune keeps what was remembered lately
-                return cached(found)
+                store.remember(key, found.ref, found.about)  # in use again: a prune keeps what was remembered lately
+                return cached(found.ref)
             progress.started(label())
+            start = time.perf_counter()
             ref = function(*args, **kwargs)
-            store.remember(key, ref, about)
+            took = {"seconds": round(time.perf_counter() - start, 3), "device": here().settings.device}
+            store.remember(key, ref, {"step": function.__name__, "version": version, **took})
             progress.finished(label())
             return ref
 
@@ -79,6 +82,17 @@ def always(function: Callable[P, Any]) -> Task[P, Any]:
 
 def remembered(step: Task[P, R], *inputs: Any) -> Ref | None:
     """What a `once` step would find done, without running it."""
+    found = _memo(step, inputs)
+    return None if found is None else found.ref
+
+
+def seconds(step: Task[P, R], *inputs: Any) -> float | None:
+    """How long a `once` step took when it was done, if that is known."""
+    found = _memo(step, inputs)
+    return None if found is None or "seconds" not in found.about else float(found.about["seconds"])
+
+
+def _memo(step: Task[P, R], inputs: Sequence[Any]) -> Memo | None:
     name = step.fn.__name__
     return here().store.recall(content_key(name, _versions[name], list(inputs)))
 

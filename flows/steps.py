@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tasks.calibrate
@@ -26,7 +26,7 @@ from storage.lines import Entry, Fold, Line
 from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
 from tasks.codecs import AnyCodec
 from tasks.digits_base import DigitsBase
-from tasks.evaluate import Summary
+from tasks.evaluate import NamedSuite, Summary
 from tasks.extract import Extract
 from tasks.ingest import Checkpoint
 from tasks.recipe import Recipe
@@ -126,7 +126,7 @@ def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> Ch
 
 
 @once(version=1)
-def evaluate(model: CheckpointRef, seen: list[Task], base: CheckpointRef) -> ScoresRef:
+def evaluate(model: CheckpointRef, seen: Sequence[NamedSuite], base: CheckpointRef) -> ScoresRef:
     return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,13 @@ _RESTORE = (
     "Restore it from a copy of the store. Without one: delete it and the artifacts that need it, which "
     "`deltaworks verify --all` lists, and run the flow again"
 )
+
+
+class Memo(NamedTuple):
+    """What a step gave, and what was noted about it, such as the seconds that it took."""
+
+    ref: Ref
+    about: Mapping[str, Any]
 
 
 class Artifact:
@@ -219,20 +226,21 @@ class ArtifactStore:
         """Note that the step with content key `key` gave `ref`. See `recall`."""
         self.objects.put(f"memo/{key}", canonical({"ref": ref, **about}))
 
-    def recall(self, key: str) -> Ref | None:
-        """The ref that the step with content key `key` gave before, if the artifact is still there."""
+    def recall(self, key: str) -> Memo | None:
+        """What the step with content key `key` gave before, if the artifact is still there."""
         try:
             found = _decode_memo(self.objects.get(f"memo/{key}"))
         except Missing:
             return None
-        return found if found is not None and self.has(found) else None
+        return found if found is not None and self.has(found.ref) else None
 
 
-def _decode_memo(data: bytes) -> Ref | None:
-    """The ref in a memo; None if the memo is unreadable, because a lost memo only costs a recomputation."""
+def _decode_memo(data: bytes) -> Memo | None:
+    """None if the memo is unreadable, because a lost memo only costs a recomputation."""
     try:
-        return parse_ref(json.loads(data)["ref"])
-    except (ValueError, KeyError, TypeError):
+        about = json.loads(data)
+        return Memo(parse_ref(about.pop("ref")), about)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -127,7 +127,7 @@ def test_what_was_remembered_lately_stays(store: ArtifactStore) -> None:
     store.remember("used", used, {})
     sweep(store, Wishes())
     assert list(store.refs()) == [used]
-    assert (store.recall("used"), store.recall("forgotten")) == (used, None)
+    assert (store.recall("used"), store.recall("forgotten")) == ((used, {}), None)
 
 
 class Busy(MemoryObjects):
@@ -165,7 +165,7 @@ def test_somebody_uses_a_blob_while_it_is_swept(again: str) -> None:
     swept = sweep(store, Wishes(), now=later())
     assert newcomers
     if again == "written":
-        assert swept.harmed == () and store.recall("key") == newcomers[0]
+        assert swept.harmed == () and store.recall("key") == (newcomers[0], {})
         assert verify(store, newcomers).findings == ()
     else:
         assert swept.harmed == (newcomers[0],) and store.recall("key") is None
