@@ -125,7 +125,7 @@ def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> Ch
     )
 
 
-@once(version=1)
+@once(version=2)
 def evaluate(model: CheckpointRef, seen: Sequence[NamedSuite], base: CheckpointRef) -> ScoresRef:
     return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 

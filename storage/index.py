@@ -20,8 +20,9 @@ from storage.many import Report, each, silent
 from storage.refs import Ref, parse_ref
 from storage.tables import read_rows
 
-VERSION = 1  # of the rows; another one in the file, and it is made again
+VERSION = 2  # of the rows; another one in the file, and it is made again
 _SCORES = "scores.parquet"
+_KNOWN = ("task", "metric", "value", "samples", "low", "high", "factor")
 _MOST = 2**63 - 1  # what a column of whole numbers holds
 
 Row = Mapping[str, Any]
@@ -90,7 +91,7 @@ def _scores(artifact: Artifact) -> list[dict[str, Any]]:
         return []
     found = []
     for row in read_rows(artifact.asset(_SCORES)):
-        known = {name: row.pop(name, None) for name in ("task", "metric", "value", "samples", "factor")}
+        known = {name: row.pop(name, None) for name in _KNOWN}
         score = row.pop("score", None)  # what a search for a codec calls it
         value = known["value"] if known["value"] is not None else score
         rest = {name: one for name, one in row.items() if isinstance(one, (str, int, float))}

@@ -82,6 +82,8 @@ _SCORES = {
     "metric": _TEXT,
     "value": _NUMBER,
     "samples": _WHOLE,
+    "low": _NUMBER,
+    "high": _NUMBER,
     "factor": _NUMBER,
     "about": _TEXT,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from storage.artifacts import Artifact, ArtifactStore
 from storage.manifest import Lineage
@@ -19,6 +19,7 @@ from tasks.loop import Report
 from tasks.suites import AnySuite
 
 TABLE = "scores.parquet"
+OUTCOMES = "outcomes.parquet"
 
 
 class NamedSuite(Protocol):
@@ -39,6 +40,8 @@ class ScoreRow:
     metric: str
     value: float
     samples: int
+    low: float | None = None  # the interval at 95 %; scores that are older have none
+    high: float | None = None
 
 
 def evaluate(
@@ -56,16 +59,19 @@ def evaluate(
     artifact = store.open(model, "checkpoint")
     source = artifact if base is None else store.open(base, "checkpoint")
     backbone = load_model(artifact, device)
-    rows = []
+    rows: list[ScoreRow] = []
+    outcomes: list[dict[str, Any]] = []
     for number, task in enumerate(tasks):
         problem = task.suite.open(source)
         for score in problem.score(backbone, device, lambda done, total: None):
-            rows.append(ScoreRow(task.name, score.metric, score.value, score.samples))
+            rows.append(ScoreRow(task.name, score.metric, score.value, score.samples, score.low, score.high))
+            outcomes += [{"task": task.name, "metric": score.metric, "outcome": one} for one in score.outcomes]
         report(number + 1, len(tasks), task.name)
     spec = {"tasks": {task.name: {"suite": task.suite.spec(), "data": task.suite.fingerprint()} for task in tasks}}
     inputs = {"model": model} if base is None else {"model": model, "base": base}
     draft = store.draft("scores", Lineage("evaluate", inputs, spec))
     draft.add_asset(TABLE, write_rows([row.__dict__ for row in rows]))
+    draft.add_asset(OUTCOMES, write_rows(outcomes))
     return ScoresRef(draft.commit())
 
 
@@ -78,6 +84,18 @@ def leading(scores: Artifact) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in read_scores(scores):
         found.setdefault(row.task, row.value)
+    return found
+
+
+def outcomes_of(scores: Artifact) -> dict[str, list[float]]:
+    """Task -> what each of its test rows gave, by its leading metric. Empty for scores that are older."""
+    found: dict[str, list[float]] = {}
+    if OUTCOMES not in scores.manifest.assets:
+        return found
+    first = {task: row.metric for row in reversed(read_scores(scores)) for task in [row.task]}
+    for row in read_rows(scores.asset(OUTCOMES)):
+        if row["metric"] == first[row["task"]]:
+            found.setdefault(row["task"], []).append(float(row["outcome"]))
     return found
 
 

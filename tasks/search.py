@@ -64,9 +64,17 @@ def choose_factor(
             backbone = load_model(trial.open(model), device)
         found = {}
         for name, problem in problems.items():
-            scores = problem.score(backbone, device, lambda done, total: None, "train", spec.samples)
-            found[name] = scores[0].value
-            rows += [{"factor": factor, "task": name, **score.__dict__} for score in scores]
+            leads = problem.score(backbone, device, lambda done, total: None, "train", spec.samples)[0]
+            found[name] = leads.value
+            rows.append(
+                {
+                    "factor": factor,
+                    "task": name,
+                    "metric": leads.metric,
+                    "value": leads.value,
+                    "samples": leads.samples,
+                }
+            )
         means[factor] = statistics.fmean(found.values())
         report(number, len(spec.factors), f"factor {factor:g}")
     best = max(means, key=lambda factor: means[factor])

@@ -18,6 +18,7 @@ from storage.refs import short
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.intervals import mean
 from tasks.suites.labels import require_columns
 from tasks.suites.texts import SHOWN, context, load_tokenizer, require_fitting
 
@@ -155,18 +156,22 @@ class CausalLmProblem:
         """Teacher forced: every token of an answer is predicted from the true ones before it."""
         model = self.wrap(backbone).to(device).eval()
         rows = first(self.rows(split), limit)
-        right, tokens, done, loss = 0, 0, 0, 0.0
+        right: list[float] = []  # of every row: tokens that were predicted, the loss of all, how many there are
+        losses: list[float] = []
+        tokens: list[float] = []
         for batch in batches(rows, self._suite.batch, self.collate):
             logits_BTV = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))["logits"]
-            logits_NV, labels_N = predictions(logits_BTV, batch["labels"].to(device))
-            right += int((logits_NV.argmax(dim=-1) == labels_N).sum())
-            loss += float(functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
-            tokens += len(labels_N)
-            done += len(batch["labels"])
-            report(done, len(rows))
-        if tokens == 0:
+            for number, labels_T in enumerate(batch["labels"].to(device)):
+                logits_NV, labels_N = predictions(logits_BTV[number : number + 1], labels_T.unsqueeze(0))
+                right.append(float((logits_NV.argmax(dim=-1) == labels_N).sum()))
+                losses.append(float(functional.cross_entropy(logits_NV, labels_N, reduction="sum")))
+                tokens.append(len(labels_N))
+            report(len(tokens), len(rows))
+        if not tokens:
             raise InvalidInput(f"the {split} split is empty", remedy="Check the path and the split names of the data")
-        return [Score("token_accuracy", right / tokens, tokens), Score("perplexity", _exp(loss / tokens), tokens)]
+        loss = mean("loss", losses, tokens)
+        perplexity = Score("perplexity", _exp(loss.value), loss.samples, _exp(loss.low), _exp(loss.high))
+        return [mean("token_accuracy", right, tokens), perplexity]
 
     @property
     def _pad(self) -> int:

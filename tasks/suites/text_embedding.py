@@ -20,6 +20,7 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, first
+from tasks.suites.intervals import mean, share
 from tasks.suites.labels import require_columns
 from tasks.suites.texts import SHOWN, Pooling, TextReader, pooled, require_fitting
 
@@ -135,11 +136,9 @@ class EmbeddingProblem:
             own_B1 = cosines_BU.gather(1, mine.unsqueeze(1))
             ranks += (1 + (cosines_BU > own_B1).sum(dim=1)).tolist()
             report(len(ranks), len(queries))
-        accuracy = sum(rank == 1 for rank in ranks) / len(ranks)
-        reciprocal = sum(1 / rank for rank in ranks) / len(ranks)
         return [
-            Score("accuracy", accuracy, len(ranks)),
-            Score("mean_reciprocal_rank", reciprocal, len(ranks)),
+            share("accuracy", [rank == 1 for rank in ranks]),
+            mean("mean_reciprocal_rank", [1 / rank for rank in ranks]),
         ]
 
     def _embedded(self, model: Retriever, texts: list[str], device: str) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from flows.cli import app
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
 from storage.directory import DirectoryObjects
-from storage.index import index_file, indexed
+from storage.index import VERSION, index_file, indexed
 from storage.lines import Fold, Line
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, ScoresRef
@@ -196,7 +196,7 @@ def test_a_table_reads_only_what_is_new(store: ArtifactStore, tmp_path: Path) ->
     store.objects.delete(new)
     assert new not in indexed(store, file).rows
     assert new not in file.read_text()
-    file.write_text(file.read_text().replace('"index":1', '"index":0'))
+    file.write_text(file.read_text().replace(f'"index":{VERSION}', '"index":0'))
     assert indexed(store, file).read == count + 1
     assert indexed(store, file, rebuild=True).read == count + 1
     store.objects.put(newer, b"{}")
