@@ -40,18 +40,21 @@ def fine_tune(
     store: ArtifactStore,
     device: str = "cpu",
     report: Report = lambda done, total, note: None,
+    start: CheckpointRef | None = None,
 ) -> CheckpointRef:
     """`base` trained on `suite`. Parameters that did not change share the base's blobs; those that did are float32.
 
+    `start`: a model merged onto the base, to train from instead. Heads, tokenizer and processor stay the base's.
     The master weights are float32 whatever the base's dtype, so that small changes are not rounded away. Equal inputs
     give equal bytes on one machine with one thread count; between devices the last bits differ. A training that was
     killed goes on at its last save, and on a CPU ends with the bytes that it would have had.
     """
     require_trainable(device, tuner.precision)
-    source = store.open(base, "checkpoint")
-    problem = suite.open(source)
+    root = store.open(base, "checkpoint")
+    source = root if start is None else store.open(start, "checkpoint")
+    problem = suite.open(root)
     spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
-    lineage = Lineage("fine_tune", {"base": base}, spec)
+    lineage = Lineage("fine_tune", {"base": base, **({"start": start} if start else {})}, spec)
     saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
     seen = problem.check(problem.rows("train"), "train")
     if tuner.validate_every:
@@ -67,6 +70,13 @@ def fine_tune(
     tuned = _store(source, backbone, tuner, lineage, task, trained._replace(seen=seen), store)
     saves.clear()
     return tuned
+
+
+def trained_from(lineage: Lineage) -> str | None:
+    """The checkpoint that a training started from, by the lineage of what it gave; None if nothing was trained here."""
+    if lineage.step != "fine_tune":
+        return None
+    return lineage.inputs.get("start", lineage.inputs.get("base"))
 
 
 def train(
@@ -214,5 +224,6 @@ def _store(
     final: dict[str, float] = {"loss": losses[-1]} if losses else {}
     if trained.best is not None:
         final |= {"best_validation_loss": trained.best.loss, "best_step": trained.best.step}
-    draft.facts.update({**source.manifest.facts, "task": task, **trained.seen, **final})
+    known = store.open(lineage.inputs["base"]).manifest.facts  # a merged model has facts of its merge beside them
+    draft.facts.update({**known, "task": task, **trained.seen, **final})
     return CheckpointRef(draft.commit())
