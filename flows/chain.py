@@ -14,6 +14,7 @@ from flows import steps
 from flows.growing import Growing, Grown, Prepared
 from flows.policy import named, run_now
 from storage.refs import CheckpointRef, ScoresRef
+from tasks.launched import ending_with_us
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ def chain(config: ChainConfig) -> Outcome:
 
     With `start: head` a task is trained when the one before it has been merged: see `_in_turn`.
     """
-    base = run_now(steps.base_step(config.base), f"base {config.base.name}", config.base)
-    base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
-    if config.start == "head":
-        prepared, line = _in_turn(config, base)
-        return Outcome(base, base_scores, prepared, [line])
-    started = [_submit(config, base, task, name) for task in config.tasks for name in task.updates]
-    prepared = [one.result() for one in started]  # all were submitted before the first is awaited
-    lines = [_grow(config, number, base, prepared) for number in range(len(config.lines))]
-    return Outcome(base, base_scores, prepared, lines)
+    with ending_with_us():
+        base = run_now(steps.base_step(config.base), f"base {config.base.name}", config.base)
+        base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
+        if config.start == "head":
+            prepared, line = _in_turn(config, base)
+            return Outcome(base, base_scores, prepared, [line])
+        started = [_submit(config, base, task, name) for task in config.tasks for name in task.updates]
+        prepared = [one.result() for one in started]  # all were submitted before the first is awaited
+        lines = [_grow(config, number, base, prepared) for number in range(len(config.lines))]
+        return Outcome(base, base_scores, prepared, lines)
 
 
 def count_steps(config: ChainConfig) -> int:

@@ -55,8 +55,18 @@ def fine_tune(
     base: CheckpointRef, task: str, suite: AnySuite, tuner: AnyTuner, start: CheckpointRef | None = None
 ) -> CheckpointRef:
     """`start`: the merged model to train from; not given if that is the base, so that it is the same training."""
-    place = here()
-    return tasks.fine_tune.fine_tune(base, task, suite, tuner, place.store, place.settings.device, _report(), start)
+    place, name = here(), label()
+    return tasks.fine_tune.fine_tune(
+        base,
+        task,
+        suite,
+        tuner,
+        place.store,
+        place.settings.device,
+        _report(),
+        start,
+        lambda line: progress.said(name, line),
+    )
 
 
 @once(version=1)
