@@ -1,15 +1,17 @@
 """Launched: one training in several processes, by `accelerate launch`, and what they say on the way.
 
-The processes end with whoever waits for them: when that is interrupted, when `end_all` is called, and when the waiting
-process is killed, which they look for themselves (tasks/worker.py).
+The processes end with whoever waits for them: when that is interrupted or its flow fails, and when the waiting process
+is killed, which they look for themselves (tasks/worker.py).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +43,9 @@ PROGRESS = "progress.jsonl"  # where the leading process reports: lines of what 
 _OFTEN = 0.2  # seconds between two looks at the progress
 _PATIENCE = 10.0  # seconds between asking processes to end and ending them
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_TAIL = 15  # lines of what was printed, if nothing better is known of a failure
+_KEPT, _TAIL = 200, 15  # lines of what was printed that are looked at, and shown, if a failure says nothing better
 
 _one_at_a_time = threading.Lock()  # two trainings would share the same GPUs
-_running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def launch(job: Job, store: ArtifactStore, report: Report, log: Log) -> Checkpoi
     with tempfile.TemporaryDirectory() as folder, _one_at_a_time:
         told = {"job": job.written(), "store": store.url, "threads": torch.get_num_threads(), "parent": os.getpid()}
         Path(folder, "job.json").write_text(json.dumps(told))
-        tail: deque[str] = deque(maxlen=_TAIL)
-        with _started(job.tuner.processes, Path(folder)) as child:
+        tail: deque[str] = deque(maxlen=_KEPT)
+        wait = _waiting.get() or _Wait()
+        with _started(job.tuner.processes, Path(folder), wait) as child:
             progress = _Progress(Path(folder, PROGRESS), report)
             for line in _lines(child, progress.look):
                 tail.append(line)
@@ -91,27 +94,61 @@ def launch(job: Job, store: ArtifactStore, report: Report, log: Log) -> Checkpoi
         result = Path(folder, "result.json")
         if code == 0 and result.exists():
             return CheckpointRef(parse_ref(json.loads(result.read_text())["ref"], "checkpoint"))
+        wait.check()
         raise _failure(Path(folder), job.tuner.processes, code, list(tail))
 
 
-def end_all() -> None:
-    """End the processes of all trainings that this process waits for. They go on at their last saves another time."""
-    for child in list(_running):
-        _end(child)
+class _Wait:
+    """Somebody who waits for trainings: when that is over, those under way are ended, and no other begins."""
+
+    def __init__(self) -> None:
+        self._over = False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        if self._over:
+            raise DeltaworksError("the training was given up: nobody waits for it any more")
+
+    def joined(self, child: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._running.add(child)
+        self.check()
+
+    def left(self, child: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._running.discard(child)
+
+    def end(self) -> None:
+        self._over = True
+        with self._lock:
+            under_way = list(self._running)
+        for child in under_way:
+            _end(child)
+
+
+# threads of a flow have that of the flow
+_waiting: ContextVar[_Wait | None] = ContextVar("waiting", default=None)
 
 
 @contextmanager
 def ending_with_us() -> Iterator[None]:
-    """Ends all launched trainings if what is done inside fails or is cancelled: nobody waits for them any more."""
+    """Ends all launched trainings if what is done inside fails or is cancelled. They go on at their last saves, another
+    time."""
+    wait = _Wait()
+    token = _waiting.set(wait)
     try:
         yield
     except BaseException:
-        end_all()
+        wait.end()
         raise
+    finally:
+        _waiting.reset(token)
 
 
 @contextmanager
-def _started(processes: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def _started(processes: int, folder: Path, wait: _Wait) -> Iterator[subprocess.Popen[str]]:
+    wait.check()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "tasks.worker", str(folder)]
@@ -129,12 +166,12 @@ def _started(processes: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
         start_new_session=True,
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
-    _running.add(child)
     try:
+        wait.joined(child)
         yield child
     finally:
         _end(child)
-        _running.discard(child)
+        wait.left(child)
         assert child.stdout is not None
         child.stdout.close()
 
@@ -204,12 +241,26 @@ def _failure(folder: Path, processes: int, code: int, tail: list[str]) -> Deltaw
         if kind is not None:
             return errors.rebuilt(kind, first["message"], first["remedy"])
         return DeltaworksError(f"process {first['rank']} of {processes} failed: {first['kind']}: {first['message']}")
-    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    said = "\n".join(["", *tail]) if tail else ""
+    said = _own_words(tail)
     return DeltaworksError(
-        f"a training in {processes} processes ended {how} and did not say why{said}\n",
+        f"a training in {processes} processes ended without saying why: {_how(tail, code)}{said}",
         remedy="Most often memory ran out. What was saved is kept: run it again, with a smaller batch if need be",
     )
+
+
+def _how(tail: list[str], code: int) -> str:
+    """Which process ended first, as the launcher's report has it, and how."""
+    text = "\n".join(tail)
+    found = re.search(r"Root Cause.*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", text, re.DOTALL)
+    who, code = (f"process {found[1]}", int(found[2])) if found else ("the launcher", code)
+    return f"{who} ended by signal {-code}" if code < 0 else f"{who} ended with exit code {code}"
+
+
+def _own_words(tail: list[str]) -> str:
+    """The last lines of the processes, without what the launcher says of them."""
+    ours = list(itertools.takewhile(lambda line: not line.startswith("Traceback"), tail))
+    ours = [line for line in ours if not re.match(r"[WE]\d{4} ", line)][-_TAIL:]
+    return "\n".join(["", *ours, ""]) if ours else ""
 
 
 def _free_port() -> int:
