@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import TypeAdapter
 
@@ -38,7 +38,9 @@ AnyBase = Annotated[DigitsBase | Checkpoint, BY_NAME]
 class Task:
     """One fine-tuning: what to learn, and how. With `checkpoint` it was trained elsewhere and is only read in.
 
-    `weight`: how much its update counts in mergers that have weights.
+    `weight`: how much its update counts in mergers that have weights. `rounds`: how often a training of its own, over
+    the same data, is merged into the line; each starts from what the one before it made of the line, with a fresh
+    adapter and optimiser, and is an update of its own (fold and reset).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -48,9 +50,20 @@ class Task:
     tuner: AnyTuner | None = None
     checkpoint: Checkpoint | None = None
     weight: float = 1.0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", "positive", self.weight)
+        require(self.rounds > 0, "rounds", "positive", self.rounds)
+        if self.checkpoint:
+            require(self.rounds == 1, "rounds", "1, because the task's checkpoint was trained elsewhere", self.rounds)
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """What its updates are called in a line: as the task, or `name.1`, `name.2` ... with several rounds."""
+        if self.rounds == 1:
+            return (self.name,)
+        return tuple(f"{self.name}.{number}" for number in range(1, self.rounds + 1))
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,9 @@ class LineConfig:
 class ChainConfig:
     """A whole chain: a base, tasks in the order of merging, and one or more lines that merge the same updates.
 
-    `tuner` is for tasks that name none.
+    `tuner` is for tasks that name none. `start`: what a task is trained from: the `base`, or the `head` of the chain's
+    line, the merged model of the tasks before it. The base stays what updates are merged onto; what an update of such
+    a training is the difference to says `extract` (tasks/extract.py).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -95,6 +110,7 @@ class ChainConfig:
     tuner: AnyTuner = field(default_factory=Full)
     extract: Extract = field(default_factory=Extract)
     codec: AnyCodec = field(default_factory=Ternary)
+    start: Literal["base", "head"] = "base"
 
     def __post_init__(self) -> None:
         for what, names in (("tasks", [t.name for t in self.tasks]), ("lines", [one.name for one in self.lines])):
@@ -106,9 +122,32 @@ class ChainConfig:
             bad = [name for name in names if not _NAME.fullmatch(name)]
             if bad:
                 raise InvalidInput(f"{what}: {bad[0]!r} is no name: use lower-case letters, digits, - and _")
+        self._check_start()
 
-    def tuner_of(self, task: Task) -> AnyTuner:
-        return task.tuner or self.tuner
+    def _check_start(self) -> None:
+        """Refuse what cannot be trained, or would not be the difference that was meant."""
+        if self.start == "head" and len(self.lines) > 1:
+            raise InvalidInput(
+                f"start: head trains from the merged model of one line, found {len(self.lines)} lines",
+                remedy="Write a chain for each line: what they have in common is found done",
+            )
+        if self.start == "base" and self.extract.against == "start":
+            raise InvalidInput(
+                "extract.against: start needs start: head, found start: base",
+                remedy="Remove it: trainings that start at the base give updates against the base",
+            )
+        several = next((task for task in self.tasks if task.rounds > 1), None)
+        if several and (self.start != "head" or self.extract.against != "start"):
+            raise InvalidInput(
+                f"rounds: {several.rounds} of task {several.name!r} needs start: head and extract.against: start, "
+                f"found start: {self.start} and extract.against: {self.extract.against}",
+                remedy="Set start: head and extract: {name: extract, against: start}",
+            )
+
+    def tuner_of(self, task: Task, number: int = 1) -> AnyTuner:
+        """How a task is tuned in its round `number`. Every round has its own seed: other batches, other new weights."""
+        tuner = task.tuner or self.tuner
+        return tuner if number == 1 else replace(tuner, seed=tuner.seed + number - 1)
 
 
 _ADAPTER: TypeAdapter[ChainConfig] = TypeAdapter(ChainConfig)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage.artifacts import ArtifactStore
 from storage.errors import Conflict
 from storage.lines import Entry
-from storage.refs import UpdateRef, short
+from storage.refs import CheckpointRef, UpdateRef, short
+from tasks.fine_tune import trained_from
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a chain would merge as one step of a line."""
+    """What a chain would merge as one step of a line. `update` is None while it is still to be made."""
 
     task: str
-    update: UpdateRef
+    update: UpdateRef | None
     weight: float = 1.0
 
 
@@ -27,6 +29,8 @@ def check_continuation(line: str, head: Entry, held: Sequence[Entry], wanted: Se
     for step, (old, new) in enumerate(zip(held, wanted, strict=False), 1):
         if old.update == new.update and old.weight == new.weight:
             continue
+        if new.update is None and old.task == new.task:
+            continue  # it may turn out to be the same
         if old.update == new.update:
             raise Conflict(
                 f"line {line!r} holds {old.task!r} with weight {old.weight:g}, this chain gives it {new.weight:g}",
@@ -35,7 +39,7 @@ def check_continuation(line: str, head: Entry, held: Sequence[Entry], wanted: Se
             )
         raise Conflict(
             f"line {line!r} already holds {old.task!r} ({short(old.update or '')}) as its step {step}, this chain "
-            f"would merge {new.task!r} ({short(new.update)}). The line{_since(head)}: {_names(held)}. "
+            f"would merge {new.task!r} ({_ref(new)}). The line{_since(head)}: {_names(held)}. "
             f"The chain: {_names(wanted)}",
             remedy=_remedy(line, held, wanted, old, new),
         )
@@ -45,10 +49,11 @@ def _remedy(line: str, held: Sequence[Entry], wanted: Sequence[Wanted], old: Ent
     """How the line could become like the chain, or the chain like the line."""
     ways = []
     if old.task == new.task:
-        ways.append(f"{new.task!r} gives another update than it did: undo what was changed of its data, tuner or codec")
+        changes = "data, tuner, codec, or of what it starts from"
+        ways.append(f"{new.task!r} gives another update than it did: undo what was changed of its {changes}")
     place = {one.update: number for number, one in enumerate(wanted)}
     common = [entry for entry in held if entry.update in place]
-    ordered = sorted(common, key=lambda entry: place[entry.update])  # type: ignore[index]  # folds have an update
+    ordered = sorted(common, key=lambda entry: place[entry.update])  # folds have an update
     options = [f"--drop {entry.task}" for entry in held if entry not in common]
     if ordered != common:
         options.append(f"--order {','.join(entry.task for entry in ordered)}")
@@ -68,6 +73,31 @@ def _since(head: Entry) -> str:
     if head.action not in ("rebuild", "rollback"):
         return ""
     return f" since {head.action} {head.number}{f' ({head.why})' if head.why else ''}"
+
+
+def _ref(new: Wanted) -> str:
+    return short(new.update) if new.update else "not yet trained"
+
+
+def check_start(line: str, held: Entry, start: CheckpointRef, store: ArtifactStore) -> None:
+    """Refuse to train a task again that the line holds, trained from another model: its update would be another one.
+
+    Only if the line's update says what it was trained from: then this is known before the training.
+    """
+    if held.update is None or not store.has(held.update):
+        return
+    update = store.open(held.update, "update")
+    tuned = update.manifest.lineage.inputs.get("tuned")
+    if tuned is None or not store.has(tuned):
+        return
+    before = trained_from(store.open(tuned, "checkpoint").manifest.lineage)
+    if before not in (None, start):
+        raise Conflict(
+            f"line {line!r} holds {held.task!r} as its step {held.step}, trained from {short(str(before))}; this chain "
+            f"would train it from {short(start)}",
+            remedy="With start: head a training depends on all merges before it: undo what was changed of them, or of "
+            "start, or give the line a new name in the config",
+        )
 
 
 def _names(some: Sequence[Entry] | Sequence[Wanted]) -> str:

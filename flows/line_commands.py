@@ -46,16 +46,17 @@ def line_log(name: Name) -> None:
 def line_show(name: Name) -> None:
     """Print what a line is made of now: its base, merger, and the updates in its head."""
     with errors_explained():
-        from flows.tables import recipe_text, weighted
+        from flows.tables import origin_text, recipe_text, weighted
         from storage.lines import Line
 
-        line = Line(open_workplace().store.objects, name)
+        store = open_workplace().store
+        line = Line(store.objects, name)
         head = line.head()
         console.print(f"line    {name}\nmerger  {recipe_text(head.merger)}", soft_wrap=True)
         console.print(f"base    {head.base}\nstate   {head.state or 'nothing merged yet'}", soft_wrap=True)
         for entry in line.history():
             task = weighted(entry.task, entry.weight)
-            console.print(f"{entry.step:>4}  {task:<16} {entry.update}", soft_wrap=True)
+            console.print(f"{entry.step:>4}  {task:<16} {entry.update}  {origin_text(store, entry)}", soft_wrap=True)
         if head.factor != 1:
             console.print(f"factor  {head.factor:g} of the merged delta is written, as a search chose", soft_wrap=True)
 

@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flows.chain import Grown, Outcome
+from flows.chain import Outcome
+from flows.growing import Grown
 from flows.workplace import here
 from tasks.evaluate import leading
 
@@ -36,10 +37,12 @@ def draw(outcome: Outcome, path: Path) -> Path:
 def _heat_map(axes: Any, line: Grown, names: bool) -> Any:
     """Rows are steps, columns are tasks; what was not yet merged stays white."""
     store = here().store
-    tasks = [step.entry.task for step in line.steps]
-    matrix = np.full((len(tasks), len(tasks)), np.nan)
-    for row, step in enumerate(line.steps):
-        for column, value in enumerate(leading(store.open(step.scores)).values()):
+    merged = [step.entry.task for step in line.steps]
+    scores = [leading(store.open(step.scores)) for step in line.steps]
+    tasks = list(scores[-1])
+    matrix = np.full((len(merged), len(tasks)), np.nan)
+    for row, found in enumerate(scores):
+        for column, value in enumerate(found.values()):
             matrix[row, column] = 100 * value
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     for (row, column), value in np.ndenumerate(matrix):
@@ -47,7 +50,7 @@ def _heat_map(axes: Any, line: Grown, names: bool) -> Any:
             shade = "black" if value > 60 else "white"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=9)
     axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    axes.set_yticks(range(len(tasks)), [f"+ {task}" for task in tasks] if names else [])
+    axes.set_yticks(range(len(merged)), [f"+ {name}" for name in merged] if names else [])
     axes.set_title(f"{line.name} (average {100 * line.last.summary.average:.1f} %)", fontsize=11)
     axes.set_xlabel("accuracy on")
     if names:
@@ -57,15 +60,16 @@ def _heat_map(axes: Any, line: Grown, names: bool) -> Any:
 
 def _curves(axes: Any, outcome: Outcome) -> None:
     store = here().store
-    alone = [leading(store.open(one.alone))[one.task.name] for one in outcome.prepared]
-    steps = np.arange(1, len(alone) + 1)
-    single = 100 * np.cumsum(alone) / steps
+    steps = np.arange(1, len(outcome.prepared) + 1)
+    alone: dict[str, float] = {}
+    single = []
+    for one in outcome.prepared:
+        alone[one.task.name] = leading(store.open(one.alone))[one.task.name]  # of several rounds, the newest
+        single.append(100 * float(np.mean(list(alone.values()))))
     axes.plot(steps, single, color="black", linestyle=":", label="each task's own model")
     for line in outcome.lines:
         axes.plot(steps, [100 * step.summary.average for step in line.steps], marker="o", label=line.name)
-    axes.set_xticks(
-        steps, [f"{number}: + {one.task.name}" for number, one in zip(steps, outcome.prepared, strict=True)]
-    )
+    axes.set_xticks(steps, [f"{number}: + {one.name}" for number, one in zip(steps, outcome.prepared, strict=True)])
     axes.set_ylabel("average accuracy on the tasks so far, %")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)

@@ -49,6 +49,11 @@ class Log:
         _log(f"{label}: trying again: {why}")
 
 
+def said(label: str, line: str) -> None:
+    """What a process of a step prints: for the log, whoever watches."""
+    _log(f"{label}: {line}")
+
+
 def _log(text: str) -> None:
     with suppress(MissingContextError):  # a step called outside a run has no log to write to
         get_run_logger().info(text)

@@ -8,7 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from flows.chain import Grown, Outcome
+from flows.chain import Outcome
+from flows.growing import Grown
 from flows.tables import recipe_name
 from flows.workplace import here
 from tasks.evaluate import leading

@@ -51,14 +51,27 @@ def train_base(spec: DigitsBase) -> CheckpointRef:
 
 
 @once(version=1)
-def fine_tune(base: CheckpointRef, task: str, suite: AnySuite, tuner: AnyTuner) -> CheckpointRef:
-    place = here()
-    return tasks.fine_tune.fine_tune(base, task, suite, tuner, place.store, place.settings.device, _report())
+def fine_tune(
+    base: CheckpointRef, task: str, suite: AnySuite, tuner: AnyTuner, start: CheckpointRef | None = None
+) -> CheckpointRef:
+    """`start`: the merged model to train from; not given if that is the base, so that it is the same training."""
+    place, name = here(), label()
+    return tasks.fine_tune.fine_tune(
+        base,
+        task,
+        suite,
+        tuner,
+        place.store,
+        place.settings.device,
+        _report(),
+        start,
+        lambda line: progress.said(name, line),
+    )
 
 
 @once(version=1)
-def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract) -> UpdateRef:
-    return tasks.extract.extract_update(base, tuned, spec, here().store)
+def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract, start: CheckpointRef | None = None) -> UpdateRef:
+    return tasks.extract.extract_update(base, tuned, spec, here().store, start)
 
 
 @once(version=1)

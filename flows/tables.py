@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.plan import Plan
-from storage.artifacts import Artifact
+from storage.artifacts import Artifact, ArtifactStore
 from storage.lines import Entry
 from storage.manifest import TensorRecord
 from storage.refs import StateRef, short
@@ -56,6 +56,16 @@ def journal_table(title: str, entries: list[Entry]) -> Table:
 def weighted(task: str, weight: float) -> str:
     """A task, and how much it counts if that is not 1."""
     return task if weight == 1 else f"{task} x{weight:g}"
+
+
+def origin_text(store: ArtifactStore, entry: Entry) -> str:
+    """What is special about where an update comes from."""
+    if entry.update is None or not store.has(entry.update):
+        return ""
+    manifest = store.open(entry.update).manifest
+    start = manifest.lineage.inputs.get("start")
+    words = ["external: trained elsewhere"] if manifest.facts.get("external") else []
+    return ", ".join([*words, *([f"against {short(start, 8)}"] if start else [])])
 
 
 def plan_table(plan: Plan, found: Sequence[StateRef] = ()) -> Iterator[str | Table]:

@@ -23,10 +23,10 @@ class DeltaworksError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect moves exceptions between threads and processes by pickling them. The default rebuilds from `args`,
         # which already holds the remedy and would lose the attribute.
-        return (_rebuild, (type(self), str(self), self.remedy))
+        return (rebuilt, (type(self), str(self), self.remedy))
 
 
-def _rebuild(cls: type[DeltaworksError], text: str, remedy: str) -> DeltaworksError:
+def rebuilt(cls: type[DeltaworksError], text: str, remedy: str) -> DeltaworksError:
     error = cls.__new__(cls)
     Exception.__init__(error, text)
     error.remedy = remedy

@@ -41,6 +41,8 @@ _UPDATES = {
     "task": _TEXT,
     "base": _TEXT,
     "tuned": _TEXT,
+    "start": _TEXT,  # what it is the difference to, if not the base
+    "external": pa.bool_(),  # the model was trained elsewhere
     "update": _TEXT,  # what it was compressed from
     "codecs": _TEXT,
     "tensors": _WHOLE,
@@ -105,7 +107,8 @@ def updates(rows: Mapping[Ref, Row], journals: Sequence[LineJournal]) -> pa.Tabl
         (
             {
                 **_flat(row),
-                **{name: row["inputs"].get(name) for name in ("base", "tuned", "update")},
+                **{name: row["inputs"].get(name) for name in ("base", "tuned", "start", "update")},
+                "external": row["facts"].get("external") is True,
                 **{name: row["facts"].get(name) for name in ("bf16_bytes", "ratio", "norm")},
                 "bytes": row["tensor_bytes"],
                 "lines": ", ".join(lines.get(ref, [])),

@@ -11,8 +11,9 @@ read it. `BY_NAME` is the one thing of pydantic that `configs` cannot add from o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, get_args
+from dataclasses import asdict, dataclass, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Discriminator
 
@@ -48,6 +49,30 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def restored(kind: Any, value: Any) -> Any:
+    """What `plain(asdict(...))` of a choice came from, in its type `kind`: the way of a choice to another process.
+
+    The values are those of a choice that was valid; they are not checked as those of a config are.
+    """
+    if get_origin(kind) is Annotated:
+        return restored(choices(kind)[value["name"]], value)
+    if get_origin(kind) in (Union, UnionType):
+        options = [one for one in get_args(kind) if one is not NoneType]
+        fitting = options if isinstance(value, (dict, list)) else []
+        return next((restored(one, value) for one in fitting if _holds(one, value)), value)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return kind(**{name: restored(hints[name], one) for name, one in value.items()})
+    if get_origin(kind) is tuple:
+        return tuple(restored(get_args(kind)[0], one) for one in value)
+    return value
+
+
+def _holds(kind: Any, value: Any) -> bool:
+    """Whether a mapping or a list is a value of `kind`."""
+    return (get_origin(kind) is tuple) == isinstance(value, list)
 
 
 def require(condition: bool, field: str, expected: str, found: object) -> None:

@@ -35,15 +35,19 @@ def choose_codec(
     """The score of base plus update for every trial, with the best one's number (from 0) as the fact `trial`.
 
     The score is the suite's leading one on the first `SAMPLES` rows of the task's training split: no test example has a
-    part in the choice. What was tried is not kept.
+    part in the choice. What was tried is not kept. An update that is the difference to what its training started from
+    is added to that instead of the base.
     """
     trials = codec.trials()
-    base = CheckpointRef(parse_ref(store.open(update, "update").manifest.lineage.inputs["base"], "checkpoint"))
+    source = store.open(update, "update")
+    base = CheckpointRef(parse_ref(source.manifest.lineage.inputs["base"], "checkpoint"))
+    start = source.manifest.lineage.inputs.get("start")
+    onto = None if start is None else CheckpointRef(parse_ref(start, "checkpoint"))
     problem = task.suite.open(store.open(base, "checkpoint"))
 
     def score(which: UpdateRef, trial: ArtifactStore) -> float:
         state = fold_update(base, None, which, Recipe(TaskArithmetic(scale=1.0)), trial, device, budget=budget)
-        model = materialize(base, state, trial, device, budget=budget)
+        model = materialize(base, state, trial, device, onto=onto, budget=budget)
         backbone = load_model(trial.open(model), device)
         return problem.score(backbone, device, lambda done, total: None, "train", SAMPLES)[0].value
 

@@ -21,6 +21,7 @@ from tasks.tensors import (
     decode_factors,
     dtype_name,
     foundation,
+    ground_of,
     prefixed,
     read_delta,
     read_tensor,
@@ -124,7 +125,7 @@ class _Work:
         return tuple(read_tensor(self.side(side), name) for side in ("base", "tuned"))  # type: ignore[return-value]
 
     def side(self, side: str) -> Artifact:
-        ref = self.source.manifest.lineage.inputs.get(side)
+        ref = ground_of(self.source) if side == "base" else self.source.manifest.lineage.inputs.get(side)
         if ref is None or not self.source.store.has(ref):
             why = "not in its lineage" if ref is None else f"no longer stored ({short(ref)})"
             raise InvalidInput(

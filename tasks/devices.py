@@ -22,14 +22,19 @@ def require_device(device: str) -> None:
         raise InvalidInput(f"the device is {device!r}, but torch sees {count} GPU(s), numbered from 0")
 
 
-def require_trainable(device: str, precision: str) -> None:
-    """Refuse what the Trainer cannot do on this device, in this precision."""
+def require_trainable(device: str, precision: str, processes: int = 1) -> None:
+    """Refuse what the Trainer cannot do on this device, in this precision, in so many processes."""
     require_device(device)
     wanted = torch.device(device)
     if wanted.type == "cuda" and wanted.index:
         raise InvalidInput(
             f"a training takes the first GPU that it sees, not {device!r}",
             remedy=f"Set CUDA_VISIBLE_DEVICES={wanted.index} and DELTAWORKS_DEVICE=cuda",
+        )
+    if wanted.type == "cuda" and processes > torch.cuda.device_count():
+        raise InvalidInput(
+            f"processes is {processes}, a GPU each, but torch sees {torch.cuda.device_count()}",
+            remedy="Lower processes, or show more GPUs in CUDA_VISIBLE_DEVICES",
         )
     if precision == "float16" and wanted.type != "cuda":
         raise InvalidInput(

@@ -90,6 +90,9 @@ class _Mixed:
         labels = torch.tensor([row["label"] for row in rows])
         return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
 
+    def counted(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
         return _SharedHead(backbone)
 

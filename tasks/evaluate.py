@@ -111,10 +111,14 @@ class Summary:
 
 
 def summarise(matrix: Sequence[Mapping[str, float]], individual: Mapping[str, float]) -> Summary:
-    """Summarise R, a row per step (task -> accuracy on the tasks seen by then, in order), against single models."""
+    """Summarise R, a row per step (task -> accuracy on the tasks seen by then, in order), against single models.
+
+    A task that is merged in several rounds has a row per round.
+    """
     last = matrix[-1]
     tasks = list(last)
-    earlier = list(enumerate(tasks[:-1]))
+    merged = {list(row)[-1]: step for step, row in enumerate(matrix)}  # of a task with several rounds, the last one
+    earlier = [(merged[task], task) for task in tasks[:-1]]
     transfer = [last[task] - matrix[j][task] for j, task in earlier]
     forgot = [max(matrix[step][task] for step in range(j, len(matrix) - 1)) - last[task] for j, task in earlier]
     shares = [last[task] / individual[task] for task in tasks if individual.get(task)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,34 +26,52 @@ class Extract(Choice):
 
     refuse   an error that names them
     keep     those of the tuned side are kept with the update, per task; those of the base stay as they are
+
+    against: what the update of a training that started from a line's head is the difference to. It is merged onto the
+    base either way.
+
+    base     the base: it also holds what was merged before. An `average` of such updates is that of the models
+    start    what the training started from: it holds what was learned there alone, LoRA's factors exactly. Merged by
+             `task_arithmetic`, each step goes `scale` of the way from the merged model to the tuned one
     """
 
     name: Literal["extract"] = "extract"
     version: Literal[1] = 1
     heads: Literal["refuse", "keep"] = "refuse"
+    against: Literal["base", "start"] = "base"
+
+    def spec(self) -> dict[str, Any]:
+        """Without what was not chosen, so that updates against the base keep the refs that they always had."""
+        return {name: value for name, value in super().spec().items() if (name, value) != ("against", "base")}
 
 
-def extract_update(base: CheckpointRef, tuned: CheckpointRef, spec: Extract, store: ArtifactStore) -> UpdateRef:
+def extract_update(
+    base: CheckpointRef, tuned: CheckpointRef, spec: Extract, store: ArtifactStore, start: CheckpointRef | None = None
+) -> UpdateRef:
     """The update from `base` to `tuned`: subtracted in float32 (float64 if a side has it), LoRA factors kept as such.
 
+    With `start`, the update is the difference to that checkpoint instead, to be merged onto `base` all the same.
     Raises Mismatch if names or shapes differ; both sides are checked before anything is written.
     """
-    before, after = store.open(base, "checkpoint"), store.open(tuned, "checkpoint")
+    before, after = store.open(start or base, "checkpoint"), store.open(tuned, "checkpoint")
     shared, heads = _match(before, after, spec)
-    draft = store.draft("update", Lineage("extract", {"base": base, "tuned": tuned}, spec.spec()))
+    inputs = {"base": base, "tuned": tuned, **({"start": start} if start else {})}
+    draft = store.draft("update", Lineage("extract", inputs, spec.spec()))
     total = 0.0
     for name in shared:
         total += _extract_one(draft, before, after, name)
     for name in heads:
         record = after.record(name)
         draft.add(name, after.parts(name), role=f"{HEAD}{record.role}", dtype=record.dtype, shape=record.shape)
-    draft.facts.update({"norm": total**0.5, "heads": heads, **_task(after)})
+    draft.facts.update({"norm": total**0.5, "heads": heads, **_origin(after)})
     return UpdateRef(draft.commit())
 
 
-def _task(tuned: Artifact) -> dict[str, str]:
+def _origin(tuned: Artifact) -> dict[str, Any]:
+    """The task that was trained, and `external` if that was done elsewhere and the model only read in."""
     task = tuned.manifest.facts.get("task")
-    return {"task": task} if task else {}
+    external = tuned.manifest.lineage.step == "ingest"
+    return {**({"task": task} if task else {}), **({"external": True} if external else {})}
 
 
 def _extract_one(draft: Draft, before: Artifact, after: Artifact, name: str) -> float:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
@@ -24,12 +23,15 @@ from tasks.checkpoints import HISTORY, load_model, skeleton_of
 from tasks.data import Rows, Split
 from tasks.devices import require_trainable
 from tasks.exclusive import PROCESS_STATE
+from tasks.launched import Job, Log, launch
 from tasks.loop import Best, Loop, Point, Report, Watcher
 from tasks.resume import put_back
+from tasks.sharding import put_together
 from tasks.suites import AnySuite
 from tasks.suites.base import Trainable, batches
 from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
 from tasks.tuners import AnyTuner, Factors
+from tasks.world import WEIGHT, Shared, World, this_world, weighed
 
 
 def fine_tune(
@@ -40,33 +42,70 @@ def fine_tune(
     store: ArtifactStore,
     device: str = "cpu",
     report: Report = lambda done, total, note: None,
+    start: CheckpointRef | None = None,
+    log: Log = lambda line: None,
 ) -> CheckpointRef:
     """`base` trained on `suite`. Parameters that did not change share the base's blobs; those that did are float32.
 
+    `start`: a model merged onto the base, to train from instead. Heads, tokenizer and processor stay the base's.
     The master weights are float32 whatever the base's dtype, so that small changes are not rounded away. Equal inputs
     give equal bytes on one machine with one thread count; between devices the last bits differ. A training that was
-    killed goes on at its last save, and on a CPU ends with the bytes that it would have had.
+    killed goes on at its last save, and on a CPU ends with the bytes that it would have had. What several processes
+    print goes to `log`, a line at a time.
     """
-    require_trainable(device, tuner.precision)
-    source = store.open(base, "checkpoint")
-    problem = suite.open(source)
-    spec = {"task": task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
-    lineage = Lineage("fine_tune", {"base": base}, spec)
-    saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
-    seen = problem.check(problem.rows("train"), "train")
+    require_trainable(device, tuner.precision, tuner.processes)
+    problem = suite.open(store.open(base, "checkpoint"))
+    rows = problem.rows("train")
+    seen = problem.check(rows, "train")
     if tuner.validate_every:
         problem.check(problem.rows("validation"), "validation")
     if seen.get("cut"):
         report(0, tuner.steps, f"{seen['cut']} of {seen['examples']} examples are too long and are cut")
+    job = Job(base, start, task, suite, tuner, device, seen)
+    if tuner.processes > 1:
+        _require_parts(problem, rows, suite)
+        return launch(job, store, report, log)
+    tuned = work(job, store, report)
+    assert tuned is not None
+    return tuned
+
+
+def work(job: Job, store: ArtifactStore, report: Report) -> CheckpointRef | None:
+    """Train, in this process or as one of several, and store the tuned model. None: another process stores it."""
+    base, tuner, suite = store.open(job.base, "checkpoint"), job.tuner, job.suite
+    source = base if job.start is None else store.open(job.start, "checkpoint")
+    problem = suite.open(base)
+    spec = {"task": job.task, "suite": suite.spec(), "data": suite.fingerprint(), "tuner": tuner.spec()}
+    lineage = Lineage("fine_tune", {"base": job.base, **({"start": job.start} if job.start else {})}, spec)
+    saves = Saves(store.objects, digest(canonical([lineage.step, lineage.inputs, lineage.spec])))
     with PROCESS_STATE, torch.random.fork_rng():
         backbone = load_model(source, dtype=torch.float32)
         set_seed(tuner.seed)
         tuner.attach(backbone, skeleton_of(source))
         _trade_time_for_memory(backbone, tuner)
-        trained = train(problem.wrap(backbone), problem, tuner, device, report, saves if tuner.save_every else None)
-    tuned = _store(source, backbone, tuner, lineage, task, trained._replace(seen=seen), store)
+        kept = saves if tuner.save_every else None
+        trained = train(problem.wrap(backbone), problem, tuner, job.device, report, kept)
+    if not this_world().leads:
+        return None
+    tuned = _store(source, backbone, tuner, lineage, job.task, trained._replace(seen=job.seen), store)
     saves.clear()
     return tuned
+
+
+def _require_parts(problem: Trainable, rows: Rows, suite: AnySuite) -> None:
+    """Refuse to share batches whose loss is more than that of their rows."""
+    if problem.counted(problem.collate([rows[0]])) is None:
+        raise InvalidInput(
+            f"{suite.name} compares the rows of a batch with each other, so processes cannot share it",
+            remedy="Set processes to 1",
+        )
+
+
+def trained_from(lineage: Lineage) -> str | None:
+    """The checkpoint that a training started from, by the lineage of what it gave; None if nothing was trained here."""
+    if lineage.step != "fine_tune":
+        return None
+    return lineage.inputs.get("start", lineage.inputs.get("base"))
 
 
 def train(
@@ -78,8 +117,6 @@ def train(
     """
     rows = _rows(problem, "train")
     held_out = _rows(problem, "validation") if tuner.validate_every else None
-    validate = None if held_out is None else partial(_loss, problem, held_out, tuner.batch)
-    watcher = Watcher(tuner, report, saves, validate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -102,10 +139,16 @@ def train(
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu",
+            ddp_backend="gloo" if device == "cpu" and tuner.processes > 1 else None,
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # one GPU a training: the Trainer would split batches over all that it sees
-        loop = Loop(watcher, model=model, args=arguments, train_dataset=_Examples(rows), data_collator=problem.collate)
+            arguments._n_gpu = 1  # one GPU a process: the Trainer would split batches over all that it sees
+        world = this_world()
+        validate = None if held_out is None else partial(_loss, Shared(held_out, problem, world), tuner.batch, world)
+        watcher = Watcher(tuner, report if world.leads else _silent, saves, validate, world)
+        examples: Any = Shared(rows, problem, world)
+        settings = {"model": model, "args": arguments, "train_dataset": examples, "data_collator": examples.collate}
+        loop = Loop(watcher, tuner, world, **settings)
         try:
             loop.train(resume_from_checkpoint=watcher.resume_folder(Path(folder), tuner.batch))
         except torch.OutOfMemoryError as error:
@@ -114,6 +157,7 @@ def train(
             raise InvalidInput(
                 f"the device ran out of memory at batch {tuner.batch}", remedy=f"{less}, {more}or tune with lora"
             ) from error
+    put_together(model)
     model.to("cpu").eval()
     if watcher.best is not None:
         put_back(model, watcher.best.weights)
@@ -136,16 +180,24 @@ def _rows(problem: Trainable, split: Split) -> Rows:
 
 
 @torch.no_grad()
-def _loss(problem: Trainable, rows: Rows, batch: int, model: nn.Module) -> float:
-    """The mean loss of all rows."""
+def _loss(shared: Shared, batch: int, world: World, model: nn.Module) -> float:
+    """The mean loss of all rows. Every process looks at its share of each batch, and all find the same."""
     device = next(model.parameters()).device
     model.eval()
+    examples: Any = shared
     total = 0.0
-    for number, one in enumerate(batches(rows, batch, problem.collate)):
+    for number, one in enumerate(batches(examples, batch, shared.collate)):
+        weight = one.pop(WEIGHT, None)
         loss = model(**{name: value.to(device) for name, value in one.items()})["loss"]
-        total += float(loss) * min(batch, len(rows) - number * batch)
+        if weight is not None:
+            loss = world.total(weighed(loss, float(weight), world)) / world.size
+        total += float(loss) * min(batch, len(shared) - number * batch)
     model.train()
-    return total / len(rows)
+    return total / len(shared)
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    """What processes that do not lead report."""
 
 
 def _trade_time_for_memory(backbone: PreTrainedModel, tuner: AnyTuner) -> None:
@@ -161,19 +213,6 @@ def _trade_time_for_memory(backbone: PreTrainedModel, tuner: AnyTuner) -> None:
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-class _Examples(Dataset[dict[str, Any]]):
-    """Rows as the Trainer wants them."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
 
 
 def _store(
@@ -214,5 +253,6 @@ def _store(
     final: dict[str, float] = {"loss": losses[-1]} if losses else {}
     if trained.best is not None:
         final |= {"best_validation_loss": trained.best.loss, "best_step": trained.best.step}
-    draft.facts.update({**source.manifest.facts, "task": task, **trained.seen, **final})
+    known = store.open(lineage.inputs["base"]).manifest.facts  # a merged model has facts of its merge beside them
+    draft.facts.update({**known, "task": task, **trained.seen, **final})
     return CheckpointRef(draft.commit())

@@ -31,7 +31,7 @@ from tasks.kinds import fine_kind_of
 from tasks.mergers.spectrum import singular_values
 from tasks.moments import power
 from tasks.parallel import Budget, Report, in_order
-from tasks.tensors import check_finite, decode_factors, read_delta, read_onto, read_tensor, wide
+from tasks.tensors import check_finite, decode_factors, ground_of, read_delta, read_onto, read_tensor, wide
 
 TOLERANCES = (1e-8, 1e-5)  # those of arXiv 2505.11711: of its table 6, and of its code and table 1
 RANKS_UP_TO = 2048  # smaller side of a matrix; twice as many take eight times as long
@@ -108,7 +108,7 @@ def _shifted(report: Report | None, before: int, total: int, note: str) -> Repor
 
 def _side(source: Artifact, side: str) -> Artifact | None:
     """One of the checkpoints that an update was taken from, if it is still there."""
-    ref = source.manifest.lineage.inputs.get(side)
+    ref = ground_of(source) if side == "base" else source.manifest.lineage.inputs.get(side)
     return source.store.open(ref, "checkpoint") if ref and source.store.has(ref) else None
 
 
@@ -203,7 +203,7 @@ def _notes(work: _Work, records: Sequence[TensorRecord], tensors: Sequence[Measu
     inputs = work.source.manifest.lineage.inputs
     for side, artifact in (("base", work.base), ("tuned", work.tuned)):
         if artifact is None and not all(is_lossless(record.codec) for record in records):
-            ref = inputs.get(side)
+            ref = ground_of(work.source) if side == "base" else inputs.get(side)
             why = f"{short(ref)} is no longer stored" if ref else "its lineage does not name it"
             yield f"no {side} checkpoint: {why}"
     coded = [record for record in records if record.name not in work.exact]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from storage.errors import InvalidInput
 from storage.saves import Save, Saves
 from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
+from tasks.sharding import part, shard, spread_state, whole
 from tasks.tuners.base import Training
+from tasks.world import WEIGHT, World, weighed
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
 Point = dict[str, float]  # a step, and what was measured there
@@ -34,15 +37,24 @@ class Best(NamedTuple):
 
 
 class Watcher(TrainerCallback):
-    """The state of a training beside that of the Trainer. `validate` measures the loss on the validation split."""
+    """The state of a training beside that of the Trainer. `validate` measures the loss on the validation split.
+
+    Every process of a training has one, and all of them know the same.
+    """
 
     def __init__(
-        self, tuner: Training, report: Report, saves: Saves | None, validate: Callable[[nn.Module], float] | None
+        self,
+        tuner: Training,
+        report: Report,
+        saves: Saves | None,
+        validate: Callable[[nn.Module], float] | None,
+        world: World,
     ) -> None:
         self.history: list[Point] = []
         self.best: Best | None = None
         self.scaler: Any = None
         self._tuner, self._report, self._saves, self._validate = tuner, report, saves, validate
+        self._world = world
         self._every = max(1, tuner.steps // 10)
         self._sum = 0.0  # of the losses since the last point
         self._misses = 0  # measurements since the best one
@@ -66,6 +78,10 @@ class Watcher(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         save, self._save = self._save, None
+        if not self._world.leads:
+            torch.manual_seed(
+                self._tuner.seed + self._world.rank
+            )  # dropout of its own; all batches have another source
         if save is not None:
             self._restore(save, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
             self._report(save.step, state.max_steps, f"resumed at step {save.step}")
@@ -104,7 +120,8 @@ class Watcher(TrainerCallback):
             raise self._diverged(step)
         self._note(step, "validation_loss", loss)
         if self.best is None or loss < self.best.loss:
-            self.best = Best(step, loss, {name: value.cpu().clone() for name, value in learned(model).items()})
+            weights = {name: whole(value).cpu().clone() for name, value in learned(model).items()}
+            self.best = Best(step, loss, weights)
             self._misses = 0
         else:
             self._misses += 1
@@ -117,7 +134,9 @@ class Watcher(TrainerCallback):
     def _write(self, step: int, epoch: float, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         assert self._saves is not None
         weights = learned(model)
-        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        drawn = self._world.gathered(generators())
+        bad = torch.stack([(~torch.isfinite(part(value))).any() for value in weights.values()]).any()
+        if bool(self._world.total(bad.int())):
             raise self._diverged(step)
         state: dict[str, Any] = {
             "epoch": epoch,
@@ -125,23 +144,29 @@ class Watcher(TrainerCallback):
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "generators": generators(),
+            "generators": drawn[0],
             "history": self.history,
             "sum": self._sum,
             "misses": self._misses,
             "best": None if self.best is None else self.best._asdict(),
         }
+        if self._world.size > 1:
+            state["others"] = drawn[1:]
         tensors: dict[str, Tensor] = {}
-        self._saves.write(step, flattened(state, "save", tensors), tensors)
+        found = flattened(state, "save", tensors)  # by all processes: what is sharded is put together
+        if self._world.leads:
+            self._saves.write(step, found, tensors)
 
     def _restore(self, save: Save, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         state = unflattened(save.state, save.tensors)
         put_back(model, state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(spread_state(optimizer, state["optimizer"]))
         scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self._states = state["generators"]
+        drawn = [state["generators"], *state.get("others", [])]
+        # another number of processes goes on: those that are new have only a seed
+        self._states = drawn[self._world.rank] if self._world.rank < len(drawn) else None
         self.history, self._sum, self._misses = state["history"], state["sum"], state["misses"]
         self.best = None if state["best"] is None else Best(**state["best"])
 
@@ -157,16 +182,36 @@ class Watcher(TrainerCallback):
 
 
 class Loop(Trainer):
-    """The Trainer, which shows its watcher every loss."""
+    """The Trainer, which shows its watcher every loss. One of the processes of `world`."""
 
-    def __init__(self, watcher: Watcher, **settings: Any) -> None:
+    def __init__(self, watcher: Watcher, tuner: Training, world: World, **settings: Any) -> None:
         super().__init__(callbacks=[watcher], **settings)
         self.remove_callback(PrinterCallback)
-        self._watcher = watcher
+        self.model_accepts_loss_kwargs = False  # losses are means over a batch, and those of `accumulate` are averaged
+        self._watcher, self._world = watcher, world
         watcher.scaler = self.accelerator.scaler
+        if tuner.sharding == "fsdp" and world.size > 1:
+            shard(self.model, world, self.args.device)
+            # not to be wrapped once more
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> Any:
+        """The same batches for every process, whose share of them the collator takes."""
+        loader = super().get_train_dataloader()
+        if self._world.size > 1:
+            sampler = loader.batch_sampler
+            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
+        return loader
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        weight = inputs.pop(WEIGHT, None)
+        loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if weight is None else weighed(loss, float(weight), self._world)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
+        if self._world.size > 1:
+            loss = self._world.total(loss.detach()) / self._world.size
         self._watcher.lost(float(loss), self.state.global_step)
         return loss
 

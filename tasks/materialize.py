@@ -25,19 +25,21 @@ def materialize(
     device: str = "cpu",
     *,
     factor: float = 1.0,
+    onto: CheckpointRef | None = None,
     budget: Budget | None = None,
     report: Report | None = None,
 ) -> CheckpointRef:
     """Base plus `factor` times the merged delta, as a checkpoint in the base's dtypes.
 
-    Untouched tensors share the base's blobs.
+    Untouched tensors share the base's blobs. `onto`: a checkpoint to add the delta to instead.
     """
-    root, artifact = store.open(base, "checkpoint"), store.open(state, "state")
+    root, artifact = store.open(onto or base, "checkpoint"), store.open(state, "state")
     check_base(artifact, base, role="state")
     merged = _Merged(root, State(artifact, recipe_of(artifact), device), store)
     allowed = budget or Budget()
     spec = {} if factor == 1 else {"factor": factor}
-    draft = store.draft("checkpoint", Lineage("materialize", {"base": base, "state": state}, spec))
+    inputs = {"base": base, "state": state, **({"onto": onto} if onto else {})}
+    draft = store.draft("checkpoint", Lineage("materialize", inputs, spec))
     factors = merged.factors(allowed)
 
     def write_one(record: TensorRecord) -> TensorRecord:

@@ -13,6 +13,7 @@ from storage.refs import CheckpointRef, ScoresRef, short
 from storage.registry import DataInput, ModelVersion, Registry, Stage
 from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
+from tasks.fine_tune import trained_from
 
 
 def register(
@@ -47,6 +48,11 @@ def register(
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
     }
+    start = _start(store, entry.update)
+    if start is not None:
+        tags["start"] = start
+    if store.open(entry.update, "update").manifest.facts.get("external"):
+        tags["external"] = "true"
     if entry.factor != 1:
         tags["factor"] = f"{entry.factor:g}"
     numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
@@ -72,6 +78,13 @@ def _describe(entries: Sequence[Entry], summary: Summary) -> str:
         f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
         f"worst task {100 * summary.worst:.1f} %{forgot}"
     )
+
+
+def _start(store: ArtifactStore, update: str) -> str | None:
+    """What the training behind an update started from; None if no training is known."""
+    tuned = store.open(update, "update").manifest.lineage.inputs.get("tuned")
+    lineage = store.open(tuned, "checkpoint").manifest.lineage if tuned else None
+    return trained_from(lineage) if lineage else None
 
 
 def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef) -> list[Stage]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InvalidInput
+from tasks.sharding import like, whole
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -22,7 +23,7 @@ _PLAIN = (str, int, float, bool, type(None))
 def flattened(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors put into `tensors` under names that begin with `name`."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach()
+        tensors[name] = whole(value.detach())
         return {"tensor": name}
     if isinstance(value, np.generic):
         return value.item()
@@ -53,7 +54,7 @@ def unflattened(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that learn, by name."""
+    """The parameters that learn, by name; of a sharded model, their parts that are here."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -61,7 +62,7 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give the parameters that learn these values."""
     with torch.no_grad():
         for name, parameter in learned(model).items():
-            parameter.copy_(values[name])
+            parameter.copy_(like(parameter, values[name]))
 
 
 def generators() -> dict[str, Any]:

@@ -164,6 +164,12 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
         )
 
 
+def ground_of(update: Artifact) -> str | None:
+    """What an update is the difference to: the checkpoint its training started from, if it says so, else its base."""
+    inputs = update.manifest.lineage.inputs
+    return inputs.get("start", inputs.get("base"))
+
+
 def check_base(what: Artifact, base: str, *, role: str) -> None:
     """Refuse an artifact that was made from another base."""
     found = what.manifest.lineage.inputs.get("base")

@@ -20,7 +20,7 @@ from tasks.checkpoints import skeleton_of
 from tasks.codecs import is_lossless
 from tasks.extract import HEAD
 from tasks.naming import Skeleton
-from tasks.tensors import check_finite, read_delta, read_tensor, wide
+from tasks.tensors import check_finite, ground_of, read_delta, read_tensor, wide
 
 RECORD = "deltaworks.json"  # says in every exported folder, but those of whole models, what it was made from
 Report = Callable[[int, int], None]  # done, total
@@ -126,7 +126,7 @@ def open_applied(update: UpdateRef, store: ArtifactStore, device: str = "cpu") -
     """Raises InvalidInput if the base is no longer stored, Mismatch if the update does not fit it."""
     artifact = store.open(update, "update")
     inputs = artifact.manifest.lineage.inputs
-    base = inputs.get("base")
+    base = ground_of(artifact)
     if base is None or not store.has(base):
         why = "names no base" if base is None else f"was made from {short(base)}, which is no longer stored"
         raise InvalidInput(

@@ -44,6 +44,11 @@ class Trainable(Protocol):
         """A module whose forward(**batch) gives {"loss": scalar, "logits": ...}; its head is frozen."""
         ...
 
+    def counted(self, batch: Batch) -> int | None:
+        """How many the loss of a batch is the mean of; None if it compares the rows with each other, so that the loss
+        of a batch is not made of those of its parts."""
+        ...
+
 
 class Problem(Trainable, Protocol):
     """A suite opened for one base model, whose tokenizer or processor turns rows into batches."""

@@ -134,6 +134,9 @@ class CausalLmProblem:
             labels[number, len(prompt) : end] = torch.tensor(answer)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
+    def counted(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
         model: Any = backbone  # transformers leaves these two methods without types
         if model.get_output_embeddings() is None:

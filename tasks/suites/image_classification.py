@@ -94,6 +94,9 @@ class ImageProblem:
         labels = torch.tensor([self._labels.number(self._column(row, self._suite.label)) for row in rows])
         return {"pixel_values": torch.stack([self._pixels(row) for row in rows]), "labels": labels}
 
+    def counted(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
         width = getattr(backbone.config, "hidden_size", None)
         if width is None:

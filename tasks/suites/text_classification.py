@@ -95,6 +95,9 @@ class TextProblem:
         labels = torch.tensor([self._labels.number(row[self._suite.label]) for row in rows])
         return {**self._reader.read([self._texts(row) for row in rows]), "labels": labels}
 
+    def counted(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
         require_fitting(self._reader.tokenizer, backbone)
         if self._head is None:

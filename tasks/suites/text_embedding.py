@@ -107,6 +107,10 @@ class EmbeddingProblem:
         }
         return {**batch, "labels": torch.tensor([texts.index(text) for text in own])}
 
+    def counted(self, batch: Batch) -> int | None:
+        """Every query is compared with the texts of the whole batch."""
+        return None
+
     def wrap(self, backbone: PreTrainedModel) -> Retriever:
         require_fitting(self._reader.tokenizer, backbone)
         return Retriever(backbone, self._suite.pooling, self._suite.scale)

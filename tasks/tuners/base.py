@@ -33,6 +33,9 @@ class Training(Choice):
 
     Every `validate_every` steps the loss on the data's validation split is measured, and the weights with the lowest
     are the result; with `patience`, the training ends after so many measurements without a lower one.
+
+    `processes` on one machine, a GPU each where the device is one, share every batch; with `sharding` fsdp they share
+    the weights and the optimizer's state too. The result is the same up to rounding and dropout.
     """
 
     steps: int = 100
@@ -48,6 +51,8 @@ class Training(Choice):
     save_every: int = 500
     validate_every: int = 0
     patience: int = 0
+    processes: int = 1
+    sharding: Literal["none", "fsdp"] = "none"
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "steps", "positive", self.steps)
@@ -60,10 +65,17 @@ class Training(Choice):
         require(self.validate_every >= 0, "validate_every", "0 or more", self.validate_every)
         most = "0 or more" if self.validate_every else "0, because validate_every is 0"
         require(self.patience >= 0 and (self.validate_every > 0 or not self.patience), "patience", most, self.patience)
+        one_each = f"between 1 and batch, which is {self.batch}: every process takes a share of it"
+        require(0 < self.processes <= self.batch, "processes", one_each, self.processes)
+        if self.sharding == "fsdp":
+            require(self.processes > 1, "processes", "2 or more with sharding: fsdp", self.processes)
+            not_half = "float32 or bfloat16 with sharding: fsdp"
+            require(self.precision != "float16", "precision", not_half, self.precision)
 
     def spec(self) -> dict[str, Any]:
         """Without what has no influence on the result, so that a training is found again whichever way it was run."""
         how = ("gradient_checkpointing", "save_every", *(() if self.validate_every else ("validate_every", "patience")))
+        how = (*how, "processes", "sharding")
         return {name: value for name, value in super().spec().items() if name not in how}
 
 

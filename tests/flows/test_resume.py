@@ -23,13 +23,15 @@ from storage.directory import DirectoryObjects
 from storage.lines import Line
 from storage.verify import verify, verify_lines
 
-RUN = [sys.executable, "-c", "from flows.cli import main; main()", "run", "smoke"]
+RUN = [sys.executable, "-c", "from flows.cli import main; main()", "run"]
 
 
-def run(home: Path, kill_when: Callable[[], bool] | None = None) -> str:
-    """Run the smoke chain as a command; kill it without warning as soon as `kill_when` holds."""
+def run(home: Path, kill_when: Callable[[], bool] | None = None, config: str = "smoke") -> str:
+    """Run a chain as a command; kill it without warning as soon as `kill_when` holds."""
     environment = {**os.environ, "DELTAWORKS_HOME": str(home)}
-    child = subprocess.Popen(RUN, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(
+        [*RUN, config], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if kill_when is not None:
         deadline = time.monotonic() + 120
         while not kill_when():
