@@ -18,6 +18,7 @@ from tasks.codecs import AnyCodec, Ternary
 from tasks.data import AnyData
 from tasks.digits_base import DigitsBase
 from tasks.extract import Extract
+from tasks.gate import Gate
 from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
 from tasks.recipe import Recipe
@@ -67,6 +68,16 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Ability:
+    """Something that the base can do, and that a merged model should not lose."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    suite: AnySuite
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """One merged model: the name of its line and of its registered model, and how updates enter it.
 
@@ -74,6 +85,9 @@ class LineConfig:
     after every merge how much of that delta is written, on examples that the tasks were trained on. It is no part of
     the recipe: states do not depend on it, and a merge in the line's journal keeps its factor when the search changes.
     `deltaworks line rollback NAME 0` before the next run lets that search for all factors again, and merge nothing.
+
+    `gate`: what a merged model must reach to be the registered model's `champion`, and what becomes of it if it does
+    not. Without one, versions are registered and nobody is the champion.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -83,6 +97,7 @@ class LineConfig:
     sparsify: AnySparsifier | None = None
     scaling: AnyScaling | None = None
     search: Search | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         _ = self.recipe  # choices that do not compose are refused here, before anything is trained
@@ -99,6 +114,8 @@ class ChainConfig:
     `tuner` is for tasks that name none. `start`: what a task is trained from: the `base`, or the `head` of the chain's
     line, the merged model of the tasks before it. The base stays what updates are merged onto; what an update of such
     a training is the difference to says `extract` (tasks/extract.py).
+
+    `retained`: what the base can do. Every merged model is measured on it too, as shares of what the base reaches.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -111,6 +128,7 @@ class ChainConfig:
     extract: Extract = field(default_factory=Extract)
     codec: AnyCodec = field(default_factory=Ternary)
     start: Literal["base", "head"] = "base"
+    retained: tuple[Ability, ...] = ()
 
     def __post_init__(self) -> None:
         for what, names in (("tasks", [t.name for t in self.tasks]), ("lines", [one.name for one in self.lines])):
@@ -123,6 +141,21 @@ class ChainConfig:
             if bad:
                 raise InvalidInput(f"{what}: {bad[0]!r} is no name: use lower-case letters, digits, - and _")
         self._check_start()
+        self._check_retained()
+
+    def _check_retained(self) -> None:
+        """Scores are kept by name: no ability may have another's, or a task's."""
+        names = [*(one.name for one in self.tasks), *(one.name for one in self.retained)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InvalidInput(f"tasks and retained: the name {twice[0]!r} is used twice")
+        for line in self.lines:
+            if line.gate and line.gate.retained is not None and not self.retained:
+                raise InvalidInput(
+                    f"the gate of line {line.name!r} asks how much of the base's abilities is left, but `retained` "
+                    "names none",
+                    remedy="List suites that the base is good at in retained, or leave out the gate's retained",
+                )
 
     def _check_start(self) -> None:
         """Refuse what cannot be trained, or would not be the difference that was meant."""
@@ -180,7 +213,7 @@ def owner_of(loc: tuple[Any, ...], top: type) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
     families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
-    known["search"] = Search
+    known |= {"search": Search, "gate": Gate, "retained": Ability}
     for family in families:
         known |= choices(family)
     return next((known[part] for part in reversed(loc[:-1]) if part in known), top)

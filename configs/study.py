@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
-from configs.chain import AnyBase, Task, owner_of
+from configs.chain import Ability, AnyBase, Task, owner_of
 from configs.reading import named_in, read_yaml
 from configs.validation import field_names, validated
 from storage.errors import InvalidInput
@@ -18,20 +18,9 @@ from tasks.codecs import AnyCodec, Ternary
 from tasks.digits_base import DigitsBase
 from tasks.extract import Extract
 from tasks.mergers import AnyMerger
-from tasks.suites import AnySuite
 from tasks.tuners import AnyTuner
 
 STUDIES = Path(__file__).parent / "studies"
-
-
-@dataclass(frozen=True)
-class Ability:
-    """Something that the base can do, and that a merged model should not lose."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    name: str
-    suite: AnySuite
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from configs.chain import ChainConfig, Task
 from flows import steps
 from flows.growing import Growing, Grown, Prepared
 from flows.policy import named, run_now
+from flows.workplace import here
 from storage.refs import CheckpointRef, ScoresRef
+from tasks.evaluate import leading
 from tasks.launched import ending_with_us
 
 
@@ -46,12 +48,13 @@ def chain(config: ChainConfig) -> Outcome:
     with ending_with_us():
         base = run_now(steps.base_step(config.base), f"base {config.base.name}", config.base)
         base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
+        able = _abilities(config, base)
         if config.start == "head":
-            prepared, line = _in_turn(config, base)
+            prepared, line = _in_turn(config, base, able)
             return Outcome(base, base_scores, prepared, [line])
         started = [_submit(config, base, task, name) for task in config.tasks for name in task.updates]
         prepared = [one.result() for one in started]  # all were submitted before the first is awaited
-        lines = [_grow(config, number, base, prepared) for number in range(len(config.lines))]
+        lines = [_grow(config, number, base, prepared, able) for number in range(len(config.lines))]
         return Outcome(base, base_scores, prepared, lines)
 
 
@@ -61,33 +64,45 @@ def count_steps(config: ChainConfig) -> int:
     per_merge = 5  # merge, commit, write, evaluate, register
     searches = sum(line.search is not None for line in config.lines)
     updates = sum(len(task.updates) for task in config.tasks)
-    return 2 + updates * (per_update + per_merge * len(config.lines) + searches)
+    gates = sum(line.gate is not None for line in config.lines) * (updates - 1)  # the champion on the newest task
+    able = bool(config.retained) * (1 + updates * len(config.lines))
+    return 2 + updates * (per_update + per_merge * len(config.lines) + searches) + gates + able
 
 
-def _grow(config: ChainConfig, number: int, base: CheckpointRef, prepared: list[Prepared]) -> Grown:
+def _abilities(config: ChainConfig, base: CheckpointRef) -> dict[str, float]:
+    """What the base reaches on what it can do."""
+    if not config.retained:
+        return {}
+    scores = run_now(steps.evaluate, "evaluate abilities of the base", base, list(config.retained), base)
+    return leading(here().store.open(scores))
+
+
+def _grow(
+    config: ChainConfig, number: int, base: CheckpointRef, prepared: list[Prepared], able: dict[str, float]
+) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
-    growing = Growing(config, config.lines[number], base)
+    growing = Growing(config, config.lines[number], base, able)
     growing.check([one.wanted for one in prepared])
     for one in prepared:
         growing.add(one)
-    return growing.grown
+    return growing.finish()
 
 
-def _in_turn(config: ChainConfig, base: CheckpointRef) -> tuple[list[Prepared], Grown]:
+def _in_turn(config: ChainConfig, base: CheckpointRef, able: dict[str, float]) -> tuple[list[Prepared], Grown]:
     """Each training starts from the line's merged model of the step before it, the first one from the base.
 
     What the line holds already is found done, or is a conflict before anything is trained for it.
     """
-    growing = Growing(config, config.lines[0], base)
+    growing = Growing(config, config.lines[0], base, able)
     prepared: list[Prepared] = []
     for task in config.tasks:
         for number, name in enumerate(task.updates, 1):
             growing.check_next(task, name, config)
-            start = growing.model if prepared else base
+            start = growing.model
             one = _submit(config, base, task, name, number, start).result()
             prepared.append(one)
             growing.add(one)
-    return prepared, growing.grown
+    return prepared, growing.finish()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from flows.champion_commands import champions, promote, rollback
 from flows.codec_commands import codecs, compress
 from flows.export_command import export
 from flows.inspect_command import inspect
@@ -96,7 +97,7 @@ app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
 app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
-for _command in (codecs, compress, inspect, similarity, merge, export):
+for _command in (codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)

@@ -1,19 +1,22 @@
-"""Growing: one line of a chain, update by update: merge, commit, write, evaluate, register."""
+"""Growing: one line of a chain, update by update: merge, write, evaluate, judge, commit, register."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
 from flows.continuation import Wanted, check_continuation, check_start
 from flows.policy import run_now
 from flows.workplace import here
-from storage.lines import Entry, Fold, Line
+from storage.errors import InvalidInput
+from storage.lines import Entry, Fold, Line, after_fold
 from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
 from storage.registry import ModelVersion
-from tasks.evaluate import Summary, leading, summarise
+from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise
+from tasks.gate import Standing, Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Step:
-    """One merge of a line."""
+    """One merge of a line. `verdict`: what the line's gate said of it, if it has one."""
 
     entry: Entry
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     version: ModelVersion
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
 class Grown:
-    """A line after the chain. `beyond`: updates that it holds after those of the chain."""
+    """A line after the chain. `beyond`: updates that it holds after those of the chain; `left_out`: merges that its
+    gate did not let in."""
 
     name: str
     steps: list[Step] = field(default_factory=list)
     beyond: tuple[str, ...] = ()
+    left_out: list[Step] = field(default_factory=list)
 
     @property
     def last(self) -> Step:
@@ -59,16 +65,19 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped."""
+    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities."""
 
-    def __init__(self, config: ChainConfig, line: LineConfig, base: CheckpointRef) -> None:
+    def __init__(self, config: ChainConfig, line: LineConfig, base: CheckpointRef, able: Mapping[str, float]) -> None:
         self._experiment, self._line, self._base = config.name, line, base
+        self._abilities, self._able = list(config.retained), able
         self._count = sum(len(task.updates) for task in config.tasks)
+        self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None
         self._entries: list[Entry] = []
-        self._prepared: list[Prepared] = []
+        self._merged: list[Prepared] = []
         self._alone: dict[str, float] = {}
         self._matrix: list[dict[str, float]] = []
+        self._champion: tuple[CheckpointRef, Standing] | None = None
         self.grown = Grown(line.name)
         if line.name in Line.names(here().store.objects):  # a new one is not opened before there is an update for it
             self._open()
@@ -79,68 +88,152 @@ class Growing:
         # read before the history: a merge that comes in between makes the commit fail, not vanish
         self._head = journal.head()
         self._entries = journal.history()
-        beyond = self._entries[self._count :]
-        self.grown = Grown(self._line.name, self.grown.steps, tuple(entry.task for entry in beyond))
+        if not self._leaves_out:
+            beyond = self._entries[self._count :]
+            self.grown = replace(self.grown, beyond=tuple(entry.task for entry in beyond))
         return self._head
 
     @property
     def model(self) -> CheckpointRef:
-        """The merged model of the newest step, as it is written."""
-        return self.grown.last.model
+        """The merged model of the newest step, as it is written; the base before the first."""
+        return self.grown.last.model if self.grown.steps else self._base
 
     def check(self, wanted: Sequence[Wanted]) -> None:
-        """Refuse to merge these if the line holds another history."""
-        if self._head is not None:
+        """Refuse to merge these if the line holds another history.
+
+        A gate that leaves updates out decides only when they are merged: then they are looked at one by one.
+        """
+        if self._head is not None and not self._leaves_out:
             check_continuation(self.grown.name, self._head, self._entries, wanted)
 
     def check_next(self, task: Task, name: str, config: ChainConfig) -> None:
         """Refuse, before it is trained, an update that cannot be the one that the line holds in its place."""
-        done = len(self._prepared)
+        if self._leaves_out:
+            return
+        done = len(self._merged)
         later = [Wanted(one, None, each.weight) for each in config.tasks for one in each.updates][done:]
-        self.check([*(one.wanted for one in self._prepared), *later])
+        self.check([*(one.wanted for one in self._merged), *later])
         if done < len(self._entries) and not task.checkpoint:
-            start = self.model if done else self._base
-            check_start(self.grown.name, self._entries[done], start, here().store)
+            check_start(self.grown.name, self._entries[done], self.model, here().store)
 
     def add(self, one: Prepared) -> None:
-        """Merge an update, unless the line has it, and evaluate and register what came of it."""
-        number, line, name = len(self._prepared), self._line, one.name
-        self._prepared.append(one)
+        """Merge an update and evaluate what came of it; commit and register it unless the line has it, or its gate
+        leaves it out."""
+        number, line, name = len(self._merged), self._line, one.name
         head = self._head or self._open()
-        self.check([each.wanted for each in self._prepared])
+        self.check([each.wanted for each in (*self._merged, one)])
         self._alone[one.task.name] = leading(here().store.open(one.alone))[one.task.name]
         held = self._entries[number - 1].state if number else None
         weight = one.task.weight
         state = run_now(steps.fold, f"{line.name}: merge {name}", self._base, held, one.update, line.recipe, weight)
-        if number == len(self._entries):
-            # before the commit: a merge that was interrupted in its search is then done again, factor and all
-            factor = self._factor(state)
-            folded = Fold(name, one.update, state, weight, factor)
-            self._head = run_now(steps.commit, f"{line.name}: commit {name}", line.name, head, folded)
-            self._entries.append(self._head)
-        factor = self._entries[number].factor  # the journal's, also where the search would choose another one by now
+        known = self._known(number, one)
+        seen = self._seen(one)
+        # the journal's factor, also where the search would choose another one by now
+        factor = known.factor if known else self._factor(name, state, seen)
         written = (self._base, state) if factor == 1 else (self._base, state, factor)
         model = run_now(steps.materialize, f"{line.name}: write {name}", *written)
-        scores = run_now(steps.evaluate, f"{line.name}: evaluate {name}", model, self._seen, self._base)
-        self._matrix.append(leading(here().store.open(scores)))
-        summary = summarise(self._matrix, self._alone)
+        scores = run_now(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, self._base)
+        standing = self._standing(name, model, scores)
+        summary = summarise([*self._matrix, standing.scores], self._alone)
+        summary = replace(summary, retained=standing.retained)
+        verdict = self._judge(name, seen, standing)
+        folded = Fold(name, one.update, state, weight, factor)
+        if self._refused(verdict) and verdict is not None and known is None:
+            candidate = [*self._entries[:number], after_fold(head, folded)]
+            version = self._register(name, candidate, model, scores, summary, verdict, True)
+            self.grown.left_out.append(Step(candidate[-1], model, scores, summary, version, verdict))
+            if not self._leaves_out:
+                raise _stopped(version, name, verdict)
+            return
+        if known is None:
+            self._check_place(number, one)
+            self._head = run_now(steps.commit, f"{line.name}: commit {name}", line.name, head, folded)
+            self._entries.append(self._head)
+        self._merged.append(one)
+        self._matrix.append(dict(standing.scores))
+        if verdict and verdict.passed:
+            self._champion = (model, standing)
         so_far = self._entries[: number + 1]
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
-        label = f"{line.name}: register {name}"
-        version = run_now(steps.register, label, self._experiment, line.name, so_far, model, scores, summary)
-        self.grown.steps.append(Step(self._entries[number], model, scores, summary, version))
+        version = self._register(name, so_far, model, scores, summary, verdict, False)
+        self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
 
-    @property
-    def _seen(self) -> list[Task]:
-        """The tasks of the updates so far, each once."""
-        return list({one.task.name: one.task for one in self._prepared}.values())
+    def _refused(self, verdict: Verdict | None) -> bool:
+        """Whether the gate keeps a merge out of the line."""
+        gate = self._line.gate
+        return gate is not None and gate.on_failure != "keep" and verdict is not None and not verdict.passed
 
-    def _factor(self, state: StateRef) -> float:
+    def finish(self) -> Grown:
+        """The line after its last update. Raises InvalidInput if its gate let none of them in."""
+        if not self.grown.steps:
+            said = "; ".join(reason for step in self.grown.left_out if step.verdict for reason in step.verdict.reasons)
+            raise InvalidInput(
+                f"the gate of line {self.grown.name!r} left out every update: {said}",
+                remedy="Loosen the gate, or look at the versions that it refused",
+            )
+        return self.grown
+
+    def _known(self, number: int, one: Prepared) -> Entry | None:
+        """The line's own entry for this update, if it has it in this place."""
+        held = self._entries[number] if number < len(self._entries) else None
+        same = held is not None and held.update == one.update and held.weight == one.task.weight
+        return held if same else None
+
+    def _check_place(self, number: int, one: Prepared) -> None:
+        """Refuse an update where the line holds another one; it could not be known before the gate let it through."""
+        if number < len(self._entries) and self._head is not None:
+            wanted = [each.wanted for each in (*self._merged, one)]
+            check_continuation(self.grown.name, self._head, self._entries, wanted)
+
+    def _register(self, name: str, entries: list[Entry], *facts: Any) -> ModelVersion:
+        label = f"{self._line.name}: register {name}"
+        version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
+        return version
+
+    def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:
+        store = here().store
+        found = store.open(scores)
+        retained = None
+        if self._abilities:
+            label = f"{self._line.name}: evaluate abilities after {name}"
+            after = run_now(steps.evaluate, label, model, self._abilities, self._base)
+            retained = retention(leading(store.open(after)), self._able)
+        return Standing(leading(found), outcomes_of(found), retained)
+
+    def _judge(self, name: str, seen: list[Task], standing: Standing) -> Verdict | None:
+        """What the gate says, after the champion was measured on tasks that it has not met yet."""
+        if self._line.gate is None:
+            return None
+        champion = None
+        if self._champion is not None:
+            model, known = self._champion
+            new = [task for task in seen if task.name not in known.scores]
+            if new:
+                label = f"{self._line.name}: evaluate the champion on {name}"
+                found = here().store.open(run_now(steps.evaluate, label, model, new, self._base))
+                known = known.joined(Standing(leading(found), outcomes_of(found)))
+                self._champion = (model, known)
+            champion = known
+        return judge(self._line.gate, standing, champion, self._alone)
+
+    def _seen(self, one: Prepared) -> list[Task]:
+        """The tasks of the updates that are merged with this one, each once."""
+        return list({each.task.name: each.task for each in (*self._merged, one)}.values())
+
+    def _factor(self, name: str, state: StateRef, seen: list[Task]) -> float:
         """How much of the merged delta to write, if the line searches for it."""
         if self._line.search is None:
             return 1.0
-        label = f"{self._line.name}: search {self._prepared[-1].name}"
-        scores = run_now(steps.search, label, self._base, state, self._seen, self._line.search)
+        label = f"{self._line.name}: search {name}"
+        scores = run_now(steps.search, label, self._base, state, seen, self._line.search)
         return float(here().store.open(scores).manifest.facts["factor"])
+
+
+def _stopped(version: ModelVersion, name: str, verdict: Verdict) -> InvalidInput:
+    return InvalidInput(
+        f"the gate of line {version.name!r} stops the chain at {name!r}: {'; '.join(verdict.reasons)}",
+        remedy=f"Nothing entered the line; look at version {version.version}. Then change the gate, or the task, or "
+        "leave it out, and run again",
+    )

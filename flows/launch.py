@@ -11,7 +11,7 @@ from flows import progress
 from flows.board import Board
 from flows.chain import Outcome, chain, count_steps
 from flows.picture import draw
-from flows.report import accuracy_rows, accuracy_table, comparison_table, size_lines
+from flows.report import accuracy_rows, accuracy_table, comparison_table, gate_lines, size_lines
 from flows.terminal import called
 from flows.workplace import Workplace
 from storage.manifest import canonical, digest
@@ -69,3 +69,6 @@ def _print(outcome: Outcome, console: Console) -> None:
     console.print(comparison_table(outcome))
     for text in size_lines(outcome):
         console.print(text)
+    for line in outcome.lines:
+        for text in gate_lines(line):
+            console.print(text, markup=False)

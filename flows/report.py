@@ -35,6 +35,8 @@ def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     table.add_row("average", _percent(_mean(base)), _percent(_mean(alone)), *means, style="bold")
     forgot = [_percent(step.summary.forgetting) for step in line.steps]
     table.add_row("forgetting", "", "", *forgot)
+    if any(step.summary.retained is not None for step in line.steps):
+        table.add_row("of the base", "100.0", "", *(_percent(step.summary.retained) for step in line.steps))
     if any(step.entry.factor != 1 for step in line.steps):
         table.add_row("factor", "", "", *(f"{step.entry.factor:g}" for step in line.steps))
     return table
@@ -81,6 +83,15 @@ def comparison_table(outcome: Outcome) -> Table:
             style="bold" if line is outcome.best else "",
         )
     return table
+
+
+def gate_lines(line: Grown) -> Iterator[str]:
+    """What a line's gate said of its merges, the newest last."""
+    for step in sorted([*line.steps, *line.left_out], key=lambda one: one.version.version):
+        if step.verdict is not None:
+            what = "was left out" if step in line.left_out else "is no champion"
+            said = "passed" if step.verdict.passed else f"{what}: {'; '.join(step.verdict.reasons)}"
+            yield f"{line.name} version {step.version.version}, + {step.entry.task}: {said}"
 
 
 def size_lines(outcome: Outcome) -> Iterator[str]:

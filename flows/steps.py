@@ -28,6 +28,7 @@ from tasks.codecs import AnyCodec
 from tasks.digits_base import DigitsBase
 from tasks.evaluate import NamedSuite, Summary
 from tasks.extract import Extract
+from tasks.gate import Verdict
 from tasks.ingest import Checkpoint
 from tasks.recipe import Recipe
 from tasks.search import Search
@@ -156,10 +157,19 @@ def commit_rebuild(line: str, after: Entry, recipe: Recipe, folds: list[Fold], w
 
 @always
 def register(
-    experiment: str, line: str, entries: list[Entry], model: CheckpointRef, scores: ScoresRef, summary: Summary
+    experiment: str,
+    line: str,
+    entries: list[Entry],
+    model: CheckpointRef,
+    scores: ScoresRef,
+    summary: Summary,
+    verdict: Verdict | None = None,
+    left_out: bool = False,
 ) -> Any:
     place = here()
-    version = tasks.register.register(experiment, line, entries, model, scores, summary, place.store, place.registry)
+    version = tasks.register.register(
+        experiment, line, entries, model, scores, summary, place.store, place.registry, verdict, left_out
+    )
     return version if version.fresh else cached(version)
 
 

@@ -13,7 +13,7 @@ from flows import steps
 from flows.policy import run_now, seconds
 from flows.workplace import here
 from storage.refs import CheckpointRef, StateRef, UpdateRef
-from tasks.evaluate import Summary, leading, summarise
+from tasks.evaluate import Summary, leading, retention, summarise
 from tasks.recipe import Recipe
 
 
@@ -178,8 +178,7 @@ def _merge(one: _Tuning, merger: str, updates: Sequence[UpdateRef], able: dict[s
         scores = run_now(steps.evaluate, f"evaluate {task.name}, {label}", model, seen, one.base)
         matrix.append(leading(here().store.open(scores)))
     left = _abilities(config, model, one.base, label)
-    shares = [left[name] / able[name] for name in able if able[name]]
-    return Merged(one.tuner, merger, one.seed, summarise(matrix, one.alone), fmean(shares) if shares else None)
+    return Merged(one.tuner, merger, one.seed, summarise(matrix, one.alone), retention(left, able) if able else None)
 
 
 def _abilities(config: StudyConfig, model: CheckpointRef, base: CheckpointRef, label: str) -> dict[str, float]:

@@ -125,9 +125,7 @@ class Line:
         factor: float = 1.0,
     ) -> Entry:
         """Append the merge of `update` onto entry `after`. Conflict if another entry came first."""
-        number, step = after.number + 1, after.step + 1
-        merged = Entry(number, "fold", after.base, after.merger, step, task, update, state)
-        return self._commit(replace(merged, weight=weight, factor=factor))
+        return self._commit(after_fold(after, Fold(task, update, state, weight, factor)))
 
     def rollback(self, to: Entry, why: str, after: Entry | None = None) -> Entry:
         """Append an entry whose state is that of the older entry `to`. Conflict if one came after entry `after`."""
@@ -173,6 +171,13 @@ class Line:
         if data is None:
             return None
         return decode_entry(data, number, self._journal.key(number))
+
+
+def after_fold(after: Entry, fold: Fold) -> Entry:
+    """The entry that a merge onto entry `after` would be."""
+    number, step = after.number + 1, after.step + 1
+    merged = Entry(number, "fold", after.base, after.merger, step, fold.task, fold.update, fold.state)
+    return replace(merged, weight=fold.weight, factor=fold.factor)
 
 
 def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:

@@ -26,11 +26,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests.exceptions import RequestException
 
-from storage.errors import DeltaworksError, InvalidInput, Unavailable
+from storage.champions import Champions
+from storage.errors import DeltaworksError, InvalidInput, Missing, Unavailable
 from storage.refs import KINDS, Ref, parse_ref
 
 HEAD = "head"  # alias of the newest version of a line
 _KEY = "deltaworks.key"
+_LEFT_OUT = "deltaworks.left_out"
 _REF = re.compile(rf"(?:{'|'.join(KINDS)})/[0-9a-f]{{64}}(?![0-9a-f])")
 _PARENT = "mlflow.parentRunId"
 _PARAM_LIMIT = 6000
@@ -87,12 +89,21 @@ class Registry:
             self._client.search_experiments(max_results=1)
 
     def register(
-        self, experiment: str, key: str, step: Stage, stages: Sequence[Stage], source: str, description: str
+        self,
+        experiment: str,
+        key: str,
+        step: Stage,
+        stages: Sequence[Stage],
+        source: str,
+        description: str,
+        *,
+        left_out: bool = False,
     ) -> ModelVersion:
         """Record one step of a line: a parent run, a child run per stage, and a version of model `step.name`.
 
         `source` is the address of the weights in the store, `description` what people read first on the version's
-        page. If a version with this `key` exists, nothing is written.
+        page. If a version with this `key` exists, nothing is written. `left_out`: it is no part of the line, so that
+        it is never its head.
         """
         with _mapped(self.tracking):
             found = self._find_version(step.name, key)
@@ -101,7 +112,7 @@ class Registry:
                 parent = self._run(experiment, f"{key}/step", step)
                 for stage in stages:
                     self._run(experiment, f"{key}/{stage.name}", stage, parent=parent)
-                tags = {**step.tags, _KEY: key, "model": step.ref}
+                tags = {**step.tags, _KEY: key, "model": step.ref, **({_LEFT_OUT: "true"} if left_out else {})}
                 self._ensure_model(step.name)
                 found = self._client.create_model_version(
                     step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT), description=description
@@ -109,6 +120,17 @@ class Registry:
             version = ModelVersion(step.name, int(found.version), str(found.run_id), fresh)
             self._move_head(version)
             return version
+
+    @contextmanager
+    def champions(self, name: str) -> Iterator[Champions]:
+        """The champion of a registered model, to look at or to change in the block."""
+        with _mapped(self.tracking):
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                raise Missing(
+                    f"there is no registered model {name!r}",
+                    remedy="It is called as its line, and is there once a chain has merged into it",
+                )
+            yield Champions(self._client, name)
 
     def newest(self, name: str) -> int | None:
         """The newest version of a registered model."""
@@ -191,7 +213,10 @@ class Registry:
         return next((one for one in self._versions(name) if one.tags.get(_KEY) == key), None)
 
     def _move_head(self, version: ModelVersion) -> None:
-        newest = max(int(one.version) for one in self._versions(version.name))
+        inside = [int(one.version) for one in self._versions(version.name) if _LEFT_OUT not in one.tags]
+        if not inside:
+            return
+        newest = max(inside)
         current = self._client.get_registered_model(version.name).aliases.get(HEAD)
         if current is None or int(current) != newest:
             self._client.set_registered_model_alias(version.name, HEAD, str(newest))

@@ -108,6 +108,7 @@ class Summary:
     backward_transfer: float | None  # mean_{j<T} R[T, j] - R[j, j] (Lopez-Paz & Ranzato 2017)
     forgetting: float | None  # mean_{j<T} max_{j<=l<T} R[l, j] - R[T, j] (Chaudhry et al. 2018)
     normalised: float | None  # mean_j R[T, j] / individual_j
+    retained: float | None = None  # mean over the base's abilities of the merged model's score / the base's
 
 
 def summarise(matrix: Sequence[Mapping[str, float]], individual: Mapping[str, float]) -> Summary:
@@ -129,6 +130,12 @@ def summarise(matrix: Sequence[Mapping[str, float]], individual: Mapping[str, fl
         forgetting=_mean(forgot) if forgot else None,
         normalised=_mean(shares) if len(shares) == len(tasks) else None,
     )
+
+
+def retention(model: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+    """The mean share of the base's scores that is left; None without any that is above 0."""
+    shares = [model[name] / score for name, score in base.items() if score]
+    return _mean(shares) if shares else None
 
 
 def _mean(values: Sequence[float]) -> float:

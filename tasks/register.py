@@ -14,6 +14,7 @@ from storage.registry import DataInput, ModelVersion, Registry, Stage
 from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
+from tasks.gate import Verdict
 
 
 def register(
@@ -25,10 +26,14 @@ def register(
     summary: Summary,
     store: ArtifactStore,
     registry: Registry,
+    verdict: Verdict | None = None,
+    left_out: bool = False,
 ) -> ModelVersion:
     """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
 
-    `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line.
+    `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line, and
+    `verdict` what its gate says: whether this version is the new champion. `left_out`: the last entry did not enter
+    the line.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -56,28 +61,43 @@ def register(
     if entry.factor != 1:
         tags["factor"] = f"{entry.factor:g}"
     numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
+    if verdict is not None:
+        numbers |= {f"gate/{name}": value for name, value in verdict.facts.items()}
     stages = _stages(store, entry, model, scores)
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
-    key = step_key(store, line, entries)
-    return registry.register(experiment, key, step, stages, store.address(model), _describe(entries, summary))
+    key = step_key(store, line, entries, left_out)
+    described = _describe(entries, summary, verdict, left_out)
+    made = registry.register(experiment, key, step, stages, store.address(model), described, left_out=left_out)
+    if verdict is not None:
+        with registry.champions(line) as champions:
+            champions.judged(made.version, verdict.reasons)
+    return made
 
 
-def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry]) -> str:
-    """The content key of a registered step: the line, its store, and the state that was reached."""
+def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry], left_out: bool = False) -> str:
+    """The content key of a registered step: the line, its store, and the state that was reached, or was left out."""
     entry = entries[-1]
     scaled = [] if entry.factor == 1 else [entry.factor]
-    return digest(canonical([store.url, line, entry.number, entry.state, *scaled]))
+    return digest(canonical([store.url, line, entry.number, entry.state, *scaled, *["left out"] * left_out]))
 
 
-def _describe(entries: Sequence[Entry], summary: Summary) -> str:
-    """The sentence that opens the page of a version."""
+def _describe(entries: Sequence[Entry], summary: Summary, verdict: Verdict | None, left_out: bool) -> str:
+    """The sentences that open the page of a version."""
     forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
     merged = " + ".join(entry.task for entry in entries)
     return (
         f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
-        f"worst task {100 * summary.worst:.1f} %{forgot}"
+        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out)}"
     )
+
+
+def _judged(verdict: Verdict | None, left_out: bool) -> str:
+    if verdict is None:
+        return ""
+    if verdict.passed:
+        return ". The gate let it through"
+    return f". The gate did not let it through{', and it was left out' * left_out}: {'; '.join(verdict.reasons)}"
 
 
 def _start(store: ArtifactStore, update: str) -> str | None:

@@ -129,7 +129,9 @@ def test_registry_tells_where_a_version_comes_from() -> None:
     stages = {run.data.tags["stage"] for run in children}
     assert stages == {"fine_tune", "extract", "compress", "fold", "materialize", "evaluate"}
     scores = next(run for run in children if run.data.tags["stage"] == "evaluate")
-    assert scores.data.metrics == pytest.approx(leading(place.store.open(last.scores)))
+    leads = leading(place.store.open(last.scores))
+    assert {name: scores.data.metrics[name] for name in leads} == pytest.approx(leads)
+    assert f"{last.entry.task}.calibration_error" in scores.data.metrics
     tuned = next(run for run in children if run.data.tags["stage"] == "fine_tune")
     assert len(client.get_metric_history(tuned.info.run_id, "training_loss")) > 3
 
