@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from storage.errors import InvalidInput
 from storage.saves import Save, Saves
 from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
-from tasks.sharding import part, spread_state, whole
+from tasks.sharding import part, spread_again, spread_state, whole
 from tasks.tuners.base import Training
 from tasks.world import WEIGHT, World, weighed
 
@@ -116,6 +116,7 @@ class Watcher(TrainerCallback):
     def _measure(self, step: int, model: nn.Module) -> None:
         assert self._validate is not None
         loss = self._validate(model)
+        spread_again(model)
         if not math.isfinite(loss):
             raise self._diverged(step)
         self._note(step, "validation_loss", loss)

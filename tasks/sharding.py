@@ -35,6 +35,13 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def spread_again(model: nn.Module) -> None:
+    """Take apart what a forward without a backward has left together: until then it has other parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together on the CPU, if it is spread. Then all processes must call it."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
@@ -76,6 +83,7 @@ def put_together(model: nn.Module, world: World) -> None:
 
     In the leading process: the others help, and keep what they have.
     """
+    spread_again(model)
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
