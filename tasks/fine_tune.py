@@ -26,7 +26,7 @@ from tasks.exclusive import PROCESS_STATE
 from tasks.launched import Job, Log, launch
 from tasks.loop import Best, Loop, Point, Report, Watcher
 from tasks.resume import put_back
-from tasks.sharding import put_together
+from tasks.sharding import put_together, shard
 from tasks.suites import AnySuite
 from tasks.suites.base import Trainable, batches
 from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
@@ -144,6 +144,8 @@ def train(
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one GPU a process: the Trainer would split batches over all that it sees
         world = this_world()
+        if tuner.sharding == "fsdp" and world.size > 1:
+            shard(model, world, arguments.device)  # before the Trainer would move the whole of it to one GPU
         validate = None if held_out is None else partial(_loss, Shared(held_out, problem, world), tuner.batch, world)
         watcher = Watcher(tuner, report if world.leads else _silent, saves, validate, world)
         examples: Any = Shared(rows, problem, world)
@@ -157,9 +159,9 @@ def train(
             raise InvalidInput(
                 f"the device ran out of memory at batch {tuner.batch}", remedy=f"{less}, {more}or tune with lora"
             ) from error
-    put_together(model)
+    put_together(model, world)
     model.to("cpu").eval()
-    if watcher.best is not None:
+    if watcher.best is not None and world.leads:
         put_back(model, watcher.best.weights)
     return Trained(watcher.history, watcher.best)
 

@@ -7,11 +7,9 @@ is killed, which they look for themselves (tasks/worker.py).
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import os
 import queue
-import re
 import signal
 import socket
 import subprocess
@@ -28,22 +26,20 @@ from typing import Any
 
 import torch
 
-from storage import errors
 from storage.artifacts import ArtifactStore
 from storage.errors import DeltaworksError, InvalidInput
 from storage.refs import CheckpointRef, parse_ref
 from tasks.choice import plain, restored
 from tasks.suites import AnySuite
+from tasks.told import Progress, Report, failure, result
 from tasks.tuners import AnyTuner
 
 Log = Callable[[str], None]
-Report = Callable[[int, int, str], None]
 
-PROGRESS = "progress.jsonl"  # where the leading process reports: lines of what several print may run into each other
 _OFTEN = 0.2  # seconds between two looks at the progress
 _PATIENCE = 10.0  # seconds between asking processes to end and ending them
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_KEPT, _TAIL = 200, 15  # lines of what was printed that are looked at, and shown, if a failure says nothing better
+_KEPT = 200  # lines of what was printed, if a failure says nothing better
 
 _one_at_a_time = threading.Lock()  # two trainings would share the same GPUs
 
@@ -85,17 +81,17 @@ def launch(job: Job, store: ArtifactStore, report: Report, log: Log) -> Checkpoi
         tail: deque[str] = deque(maxlen=_KEPT)
         wait = _waiting.get() or _Wait()
         with _started(job.tuner.processes, Path(folder), wait) as child:
-            progress = _Progress(Path(folder, PROGRESS), report)
+            progress = Progress(Path(folder), report)
             for line in _lines(child, progress.look):
                 tail.append(line)
                 log(line)
             code = child.wait()
             progress.look()
-        result = Path(folder, "result.json")
-        if code == 0 and result.exists():
-            return CheckpointRef(parse_ref(json.loads(result.read_text())["ref"], "checkpoint"))
+        ref = result(Path(folder))
+        if code == 0 and ref is not None:
+            return CheckpointRef(parse_ref(ref, "checkpoint"))
         wait.check()
-        raise _failure(Path(folder), job.tuner.processes, code, list(tail))
+        raise failure(Path(folder), job.tuner.processes, code, list(tail))
 
 
 class _Wait:
@@ -176,23 +172,6 @@ def _started(processes: int, folder: Path, wait: _Wait) -> Iterator[subprocess.P
         child.stdout.close()
 
 
-class _Progress:
-    """Passes on what the leading process has reported."""
-
-    def __init__(self, file: Path, report: Report) -> None:
-        self._file, self._report, self._read = file, report, 0
-
-    def look(self) -> None:
-        if not self._file.exists():
-            return
-        with self._file.open("rb") as lines:
-            lines.seek(self._read)
-            whole, end, _ = lines.read().rpartition(b"\n")
-        self._read += len(whole) + len(end)
-        for line in whole.splitlines():
-            self._report(*json.loads(line))
-
-
 def _lines(child: subprocess.Popen[str], look: Callable[[], None]) -> Iterator[str]:
     """What the processes print, by a thread of its own: whoever waits can be interrupted, and calls `look` often."""
     said: queue.Queue[str | None] = queue.Queue()
@@ -230,37 +209,6 @@ def _end(child: subprocess.Popen[str]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-
-
-def _failure(folder: Path, processes: int, code: int, tail: list[str]) -> DeltaworksError:
-    """The error of the process that failed first; without one, the end of what was printed."""
-    told = [json.loads(file.read_text()) for file in folder.glob("error-*.json")]
-    if told:
-        first = min(told, key=lambda one: float(one["at"]))
-        kind = getattr(errors, first["kind"], None)
-        if kind is not None:
-            return errors.rebuilt(kind, first["message"], first["remedy"])
-        return DeltaworksError(f"process {first['rank']} of {processes} failed: {first['kind']}: {first['message']}")
-    said = _own_words(tail)
-    return DeltaworksError(
-        f"a training in {processes} processes ended without saying why: {_how(tail, code)}{said}",
-        remedy="Most often memory ran out. What was saved is kept: run it again, with a smaller batch if need be",
-    )
-
-
-def _how(tail: list[str], code: int) -> str:
-    """Which process ended first, as the launcher's report has it, and how."""
-    text = "\n".join(tail)
-    found = re.search(r"Root Cause.*?\brank +: (\d+).*?\bexitcode +: (-?\d+)", text, re.DOTALL)
-    who, code = (f"process {found[1]}", int(found[2])) if found else ("the launcher", code)
-    return f"{who} ended by signal {-code}" if code < 0 else f"{who} ended with exit code {code}"
-
-
-def _own_words(tail: list[str]) -> str:
-    """The last lines of the processes, without what the launcher says of them."""
-    ours = list(itertools.takewhile(lambda line: not line.startswith("Traceback"), tail))
-    ours = [line for line in ours if not re.match(r"[WE]\d{4} ", line)][-_TAIL:]
-    return "\n".join(["", *ours, ""]) if ours else ""
 
 
 def _free_port() -> int:

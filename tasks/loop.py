@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from storage.errors import InvalidInput
 from storage.saves import Save, Saves
 from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
-from tasks.sharding import part, shard, spread_state, whole
+from tasks.sharding import part, spread_again, spread_state, whole
 from tasks.tuners.base import Training
 from tasks.world import WEIGHT, World, weighed
 
@@ -90,12 +90,12 @@ class Watcher(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._states is not None:
-            set_generators(self._states)
+            set_generators(self._states, self._world)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         states, self._states = self._states, None
         if states is not None and state.epoch % 1:
-            set_generators(states)
+            set_generators(states, self._world)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, model = state.global_step, kwargs["model"]
@@ -116,12 +116,14 @@ class Watcher(TrainerCallback):
     def _measure(self, step: int, model: nn.Module) -> None:
         assert self._validate is not None
         loss = self._validate(model)
+        spread_again(model)
         if not math.isfinite(loss):
             raise self._diverged(step)
         self._note(step, "validation_loss", loss)
         if self.best is None or loss < self.best.loss:
-            weights = {name: whole(value).cpu().clone() for name, value in learned(model).items()}
-            self.best = Best(step, loss, weights)
+            weights = {name: whole(value) for name, value in learned(model).items()}
+            kept = weights if self._world.leads else {}  # the others know the loss
+            self.best = Best(step, loss, {name: value.cpu().clone() for name, value in kept.items()})
             self._misses = 0
         else:
             self._misses += 1
@@ -134,7 +136,7 @@ class Watcher(TrainerCallback):
     def _write(self, step: int, epoch: float, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         assert self._saves is not None
         weights = learned(model)
-        drawn = self._world.gathered(generators())
+        drawn = self._world.gathered(generators(self._world))
         bad = torch.stack([(~torch.isfinite(part(value))).any() for value in weights.values()]).any()
         if bool(self._world.total(bad.int())):
             raise self._diverged(step)
@@ -152,7 +154,7 @@ class Watcher(TrainerCallback):
         }
         if self._world.size > 1:
             state["others"] = drawn[1:]
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {} if self._world.leads else _Nowhere()
         found = flattened(state, "save", tensors)  # by all processes: what is sharded is put together
         if self._world.leads:
             self._saves.write(step, found, tensors)
@@ -181,6 +183,13 @@ class Watcher(TrainerCallback):
         )
 
 
+class _Nowhere(dict[str, Tensor]):
+    """Where processes that do not lead put what they helped to put together."""
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        pass
+
+
 class Loop(Trainer):
     """The Trainer, which shows its watcher every loss. One of the processes of `world`."""
 
@@ -191,8 +200,7 @@ class Loop(Trainer):
         self._watcher, self._world = watcher, world
         watcher.scaler = self.accelerator.scaler
         if tuner.sharding == "fsdp" and world.size > 1:
-            shard(self.model, world, self.args.device)
-            # not to be wrapped once more
+            # the model is sharded already: not to be wrapped once more
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from storage.errors import InvalidInput
 from tasks.sharding import like, whole
+from tasks.world import World
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -65,8 +66,8 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(like(parameter, values[name]))
 
 
-def generators() -> dict[str, Any]:
-    """The states of all generators that a training may draw from."""
+def generators(world: World) -> dict[str, Any]:
+    """The states of all generators that a training may draw from; of one among several, those of its own GPU."""
     kind, words, *rest = np.random.get_state()
     found = {
         "python": random.getstate(),
@@ -74,14 +75,16 @@ def generators() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state_all()
+        found["cuda"] = torch.cuda.get_rng_state_all() if world.size == 1 else [torch.cuda.get_rng_state()]
     return found
 
 
-def set_generators(states: Mapping[str, Any]) -> None:
+def set_generators(states: Mapping[str, Any], world: World) -> None:
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
+    if "cuda" in states and world.size > 1:
+        torch.cuda.set_rng_state(states["cuda"][0])
+    elif "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])

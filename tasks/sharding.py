@@ -21,7 +21,7 @@ from tasks.world import World
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
-    """Spread `model`, which all processes hold with equal weights, layer by layer."""
+    """Spread `model`, which all processes hold with equal weights, layer by layer, onto their devices."""
     mesh = init_device_mesh(device.type, (world.size,))
     layers = {
         name
@@ -35,9 +35,16 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def spread_again(model: nn.Module) -> None:
+    """Take apart what a forward without a backward has left together: until then it has other parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together, if it is spread. Then all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor put together on the CPU, if it is spread. Then all processes must call it."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def part(tensor: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ def like(place: Tensor, value: Tensor) -> Tensor:
     """`value`, of which all processes have the whole, spread as `place` is."""
     if not isinstance(place, DTensor):
         return value
-    moved = value.to(place.device, place.dtype)
+    moved = value.to(place.device, place.dtype, copy=True)  # what was read from a file cannot be resized
     return distribute_tensor(moved, place.device_mesh, place.placements, src_data_rank=None)
 
 
@@ -71,16 +78,21 @@ def spread_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, An
     return {**state, "state": spread}
 
 
-def put_together(model: nn.Module) -> None:
-    """Every spread parameter whole again, on the CPU, in place: the model can be read, but not run any more."""
+def put_together(model: nn.Module, world: World) -> None:
+    """Every spread parameter whole again, on the CPU, in place: the model can be read, but not run any more.
+
+    In the leading process: the others help, and keep what they have.
+    """
+    spread_again(model)
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in found:
-                values = whole(parameter.detach()).cpu()
-                found[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                values = whole(parameter.detach())
+                kept = values if world.leads else torch.empty(0)
+                found[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
             module.register_parameter(name, found[id(parameter)])
         if isinstance(module, FSDPModule):
             module.__class__ = type(module).__bases__[1]  # what it was before: FSDP moves only what is spread

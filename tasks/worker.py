@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from storage.errors import DeltaworksError
-from tasks.launched import PROGRESS, Job
+from tasks.launched import Job
+from tasks.told import tell_error, tell_progress, tell_result
 
 _LOOK = 1.0  # seconds between two looks at whether somebody waits for us
 
@@ -31,34 +32,18 @@ def main(folder: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     torch.set_num_threads(told["threads"])
     try:
-        ref = work(
-            Job.read(told["job"]), ArtifactStore(open_objects(told["store"])), partial(_report, folder / PROGRESS)
-        )
+        ref = work(Job.read(told["job"]), ArtifactStore(open_objects(told["store"])), partial(tell_progress, folder))
     except DeltaworksError as error:
-        _tell(folder, rank, error)
+        tell_error(folder, rank, error)
         return 1
     except Exception as error:
-        _tell(folder, rank, error)
+        tell_error(folder, rank, error)
         raise
     if ref is not None:
-        (folder / "result.json").write_text(json.dumps({"ref": ref}))
+        tell_result(folder, ref)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-def _report(file: Path, done: int, total: int, note: str) -> None:
-    with file.open("a") as lines:
-        lines.write(json.dumps([done, total, note]) + "\n")
-
-
-def _tell(folder: Path, rank: int, error: Exception) -> None:
-    """Leave what went wrong for whoever waits."""
-    remedy = getattr(error, "remedy", "")
-    found = {"at": time.time(), "rank": rank, "kind": type(error).__name__, "message": str(error), "remedy": remedy}
-    part = folder / f"error-{rank}.part"
-    part.write_text(json.dumps(found))
-    part.rename(folder / f"error-{rank}.json")
 
 
 def _end_without(parent: int) -> None:
