@@ -20,6 +20,7 @@ from tasks.digits_base import DigitsBase
 from tasks.extract import Extract
 from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
+from tasks.optimizers import AnyOptimizer
 from tasks.recipe import Recipe
 from tasks.scalings import AnyScaling
 from tasks.search import Search
@@ -157,7 +158,18 @@ def _find(source: str | Path) -> Path:
 
 def _owner(loc: tuple[Any, ...]) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
-    families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
+    families = (
+        AnyBase,
+        AnyCodec,
+        AnyData,
+        AnyHead,
+        AnyMerger,
+        AnyOptimizer,
+        AnyScaling,
+        AnySparsifier,
+        AnySuite,
+        AnyTuner,
+    )
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
     known["search"] = Search
     for family in families:

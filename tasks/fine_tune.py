@@ -31,6 +31,12 @@ from tasks.suites.base import Trainable, batches
 from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
 from tasks.tuners import AnyTuner, Factors
 
+_SCHEDULES = {
+    "cosine": SchedulerType.COSINE,
+    "linear": SchedulerType.LINEAR,
+    "constant": SchedulerType.CONSTANT_WITH_WARMUP,
+}
+
 
 def fine_tune(
     base: CheckpointRef,
@@ -79,7 +85,7 @@ def train(
     rows = _rows(problem, "train")
     held_out = _rows(problem, "validation") if tuner.validate_every else None
     validate = None if held_out is None else partial(_loss, problem, held_out, tuner.batch)
-    watcher = Watcher(tuner, report, saves, validate)
+    watcher = Watcher(tuner, report, saves, validate, tuner.companions(model))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -89,7 +95,7 @@ def train(
             learning_rate=tuner.learning_rate,
             weight_decay=tuner.weight_decay,
             warmup_steps=round(tuner.warmup * tuner.steps),
-            lr_scheduler_type=SchedulerType.COSINE,
+            lr_scheduler_type=_SCHEDULES[tuner.schedule],
             max_grad_norm=tuner.clip,
             bf16=tuner.precision == "bfloat16",
             fp16=tuner.precision == "float16",
@@ -105,7 +111,14 @@ def train(
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one GPU a training: the Trainer would split batches over all that it sees
-        loop = Loop(watcher, model=model, args=arguments, train_dataset=_Examples(rows), data_collator=problem.collate)
+        loop = Loop(
+            watcher,
+            model=model,
+            args=arguments,
+            train_dataset=_Examples(rows),
+            data_collator=problem.collate,
+            optimizers=(tuner.optimizer_for(model), None),
+        )
         try:
             loop.train(resume_from_checkpoint=watcher.resume_folder(Path(folder), tuner.batch))
         except torch.OutOfMemoryError as error:

@@ -8,7 +8,7 @@ evaluation draws from the global generator: neither is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from storage.errors import InvalidInput
 from storage.saves import Save, Saves
 from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
-from tasks.tuners.base import Training
+from tasks.tuners.base import Companion, Training
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
 Point = dict[str, float]  # a step, and what was measured there
@@ -37,11 +37,17 @@ class Watcher(TrainerCallback):
     """The state of a training beside that of the Trainer. `validate` measures the loss on the validation split."""
 
     def __init__(
-        self, tuner: Training, report: Report, saves: Saves | None, validate: Callable[[nn.Module], float] | None
+        self,
+        tuner: Training,
+        report: Report,
+        saves: Saves | None,
+        validate: Callable[[nn.Module], float] | None,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self.history: list[Point] = []
         self.best: Best | None = None
         self.scaler: Any = None
+        self.companions = companions
         self._tuner, self._report, self._saves, self._validate = tuner, report, saves, validate
         self._every = max(1, tuner.steps // 10)
         self._sum = 0.0  # of the losses since the last point
@@ -130,6 +136,7 @@ class Watcher(TrainerCallback):
             "sum": self._sum,
             "misses": self._misses,
             "best": None if self.best is None else self.best._asdict(),
+            "companions": [one.state() for one in self.companions],
         }
         tensors: dict[str, Tensor] = {}
         self._saves.write(step, flattened(state, "save", tensors), tensors)
@@ -144,6 +151,8 @@ class Watcher(TrainerCallback):
         self._states = state["generators"]
         self.history, self._sum, self._misses = state["history"], state["sum"], state["misses"]
         self.best = None if state["best"] is None else Best(**state["best"])
+        for companion, kept in zip(self.companions, state.get("companions", []), strict=False):
+            companion.load(kept)
 
     def _diverged(self, step: int) -> InvalidInput:
         tuner = self._tuner
@@ -160,7 +169,7 @@ class Loop(Trainer):
     """The Trainer, which shows its watcher every loss."""
 
     def __init__(self, watcher: Watcher, **settings: Any) -> None:
-        super().__init__(callbacks=[watcher], **settings)
+        super().__init__(callbacks=[*watcher.companions, watcher], **settings)
         self.remove_callback(PrinterCallback)
         self._watcher = watcher
         watcher.scaler = self.accelerator.scaler

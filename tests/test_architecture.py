@@ -15,6 +15,7 @@ from tasks.choice import Choice, choices
 from tasks.codecs import AnyCodec
 from tasks.data import AnyData
 from tasks.mergers import AnyMerger, Joint
+from tasks.optimizers import AnyOptimizer
 from tasks.scalings import AnyScaling
 from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
@@ -32,6 +33,7 @@ FOLDERS = {
     "sparsifiers": AnySparsifier,
     "scalings": AnyScaling,
     "tuners": AnyTuner,
+    "optimizers": AnyOptimizer,
     "suites": AnySuite,
     "data": AnyData,
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback
 
 from tasks.choice import Choice, require
 from tasks.naming import Skeleton
+from tasks.optimizers import AdamW, AnyOptimizer, Rates
 
 
 class Factors(NamedTuple):
@@ -20,9 +22,19 @@ class Factors(NamedTuple):
     A: Tensor
 
 
+class Companion(TrainerCallback):
+    """What a tuner does beside the steps. What it has to remember is saved with a training."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training(Choice):
-    """The schedule that all tuners share: AdamW with linear warm-up and cosine decay to zero.
+    """The schedule that all tuners share: an optimizer with linear warm-up, and `schedule` from there on to zero.
 
     `steps` optimiser steps of `batch` examples; `warmup` is a share of the steps; `seed` decides the order of the
     examples, dropout, and new parameters.
@@ -34,6 +46,9 @@ class Training(Choice):
     Every `validate_every` steps the loss on the data's validation split is measured, and the weights with the lowest
     are the result; with `patience`, the training ends after so many measurements without a lower one.
     """
+
+    # settings that came later: at their defaults they are no part of the spec, so that earlier trainings are found
+    later: ClassVar[tuple[str, ...]] = ("optimizer", "schedule")
 
     steps: int = 100
     batch: int = 64
@@ -48,6 +63,8 @@ class Training(Choice):
     save_every: int = 500
     validate_every: int = 0
     patience: int = 0
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "steps", "positive", self.steps)
@@ -64,7 +81,22 @@ class Training(Choice):
     def spec(self) -> dict[str, Any]:
         """Without what has no influence on the result, so that a training is found again whichever way it was run."""
         how = ("gradient_checkpointing", "save_every", *(() if self.validate_every else ("validate_every", "patience")))
-        return {name: value for name, value in super().spec().items() if name not in how}
+        usual = {
+            one.name for one in fields(self) if one.name in self.later and getattr(self, one.name) == _default(one)
+        }
+        return {name: value for name, value in super().spec().items() if name not in how and name not in usual}
+
+    def optimizer_for(self, model: nn.Module) -> Optimizer | None:
+        """The optimizer of what learns in `model`; None for the Trainer's own."""
+        return self.optimizer.build(model, Rates(self.learning_rate, self.weight_decay))
+
+    def companions(self, model: nn.Module) -> list[Companion]:
+        """What happens beside the steps. May hang hooks on `model`."""
+        return []
+
+
+def _default(one: Any) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 class Tuner(Protocol):
