@@ -24,6 +24,7 @@ from tasks.checkpoints import HISTORY, load_model, skeleton_of
 from tasks.data import Rows, Split
 from tasks.devices import require_trainable
 from tasks.exclusive import PROCESS_STATE
+from tasks.headroom import advised_on_memory
 from tasks.loop import Best, Loop, Point, Report, Watcher
 from tasks.resume import put_back
 from tasks.suites import AnySuite
@@ -111,22 +112,16 @@ def train(
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one GPU a training: the Trainer would split batches over all that it sees
-        loop = Loop(
-            watcher,
-            model=model,
-            args=arguments,
-            train_dataset=_Examples(rows),
-            data_collator=problem.collate,
-            optimizers=(tuner.optimizer_for(model), None),
-        )
-        try:
+        with advised_on_memory(tuner, device):
+            loop = Loop(
+                watcher,
+                tuner,
+                model=model,
+                args=arguments,
+                train_dataset=_Examples(rows),
+                data_collator=problem.collate,
+            )
             loop.train(resume_from_checkpoint=watcher.resume_folder(Path(folder), tuner.batch))
-        except torch.OutOfMemoryError as error:
-            less = f"Set batch {max(1, tuner.batch // 2)} and accumulate {tuner.accumulate * 2}"
-            more = "" if tuner.gradient_checkpointing else "set gradient_checkpointing, "
-            raise InvalidInput(
-                f"the device ran out of memory at batch {tuner.batch}", remedy=f"{less}, {more}or tune with lora"
-            ) from error
     model.to("cpu").eval()
     if watcher.best is not None:
         put_back(model, watcher.best.weights)

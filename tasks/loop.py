@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from storage.errors import InvalidInput
@@ -151,7 +152,7 @@ class Watcher(TrainerCallback):
         self._states = state["generators"]
         self.history, self._sum, self._misses = state["history"], state["sum"], state["misses"]
         self.best = None if state["best"] is None else Best(**state["best"])
-        for companion, kept in zip(self.companions, state.get("companions", []), strict=False):
+        for companion, kept in zip(self.companions, state.get("companions", []), strict=True):
             companion.load(kept)
 
     def _diverged(self, step: int) -> InvalidInput:
@@ -166,13 +167,22 @@ class Watcher(TrainerCallback):
 
 
 class Loop(Trainer):
-    """The Trainer, which shows its watcher every loss."""
+    """The Trainer, with the optimizer of a tuner, which shows its watcher every loss."""
 
-    def __init__(self, watcher: Watcher, **settings: Any) -> None:
+    optimizer: Optimizer | None
+
+    def __init__(self, watcher: Watcher, tuner: Training, **settings: Any) -> None:
         super().__init__(callbacks=[*watcher.companions, watcher], **settings)
         self.remove_callback(PrinterCallback)
-        self._watcher = watcher
+        self.model_accepts_loss_kwargs = False  # losses are means over a batch, and those of `accumulate` are averaged
+        self._watcher, self._tuner = watcher, tuner
         watcher.scaler = self.accelerator.scaler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self._tuner.optimizer_for(self.model)
+        found: Optimizer = super().create_optimizer(model)
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

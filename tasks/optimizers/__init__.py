@@ -7,11 +7,11 @@ from typing import Annotated
 from tasks.choice import BY_NAME, choices
 from tasks.optimizers.adamw import AdamW
 from tasks.optimizers.apollo import Apollo
-from tasks.optimizers.base import Rates
+from tasks.optimizers.base import Rates, Stepper
 from tasks.optimizers.galore import Galore
 from tasks.optimizers.muon import Muon
 
 AnyOptimizer = Annotated[AdamW | Muon | Galore | Apollo, BY_NAME]
 OPTIMIZERS = choices(AnyOptimizer)
 
-__all__ = ["OPTIMIZERS", "AdamW", "AnyOptimizer", "Apollo", "Galore", "Muon", "Rates"]
+__all__ = ["OPTIMIZERS", "AdamW", "AnyOptimizer", "Apollo", "Galore", "Muon", "Rates", "Stepper"]

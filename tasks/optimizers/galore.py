@@ -5,24 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch.optim import Optimizer
+import torch
+from torch import Generator, Tensor
 
 from tasks.optimizers.projected import Projected
 
 
 @dataclass(frozen=True)
 class Galore(Projected):
-    """`rank` of the subspace, renewed by an SVD every `every` steps; `scale` of what comes back from it.
+    """P holds the `rank` leading singular vectors of the gradient, found anew every `every` steps: W -= scale P^T N.
 
-    The defaults of `every` and `scale` are the paper's. Needs `pip install 'deltaworks[optimizers]'`.
+    N is Adam's step on P G. The defaults of `every` and `scale` are the paper's; a matrix that is no larger than `rank`
+    is left to AdamW. Memory is saved in training alone: the update is as dense as with AdamW.
     """
 
     source: ClassVar[str] = "arXiv 2403.03507"
-    library: ClassVar[str] = "pytorch-optimizer"
+    library: ClassVar[str] = "ours"
+    steps: ClassVar[str] = "hidden matrices above rank"
+    state: ClassVar[str] = "rank (s + 2 l)"
 
     name: Literal["galore"] = "galore"
     version: Literal[1] = 1
+    scale: float = 0.25
 
-    def make(self, library: Any, groups: list[dict[str, Any]], rate: float) -> Optimizer:
-        found: Optimizer = library.GaLore(groups, lr=rate, eps=1e-8)
-        return found
+    def basis(self, gradient_SL: Tensor, generator: Generator) -> Tensor:
+        U_SS: Tensor = torch.linalg.svd(gradient_SL, full_matrices=False).U
+        return U_SS[:, : self.rank].T.contiguous()
+
+    def direction(self, gradient_SL: Tensor, low_RL: Tensor, adam_RL: Tensor, state: dict[str, Any]) -> Tensor:
+        step_SL: Tensor = state["basis"].T @ adam_RL
+        return step_SL

@@ -1,30 +1,36 @@
-"""What GaLore and APOLLO share: gradients of hidden matrices in a subspace, by pytorch-optimizer (an extra)."""
+"""What GaLore and APOLLO share: Adam's moments of a matrix are kept in a subspace, which is renewed now and then."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from storage.errors import InvalidInput
-from tasks.choice import Choice, require
-from tasks.optimizers.base import Rates, split
+from tasks.choice import require
+from tasks.optimizers.base import Rates, Stepper, split, with_adamw
+
+# S: the shorter side of a matrix, L: the longer one, R: the rank of the subspace
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
-class Projected(Choice, ABC):
-    """`rank` of the subspace, renewed every `every` steps; `scale` of what comes back from it.
+class Projected(Stepper):
+    """`rank` of the subspace, renewed every `every` steps; `scale` of the step.
 
-    The moments take rank * max(m, n) numbers of a matrix [m, n] instead of m * n. A matrix that is no larger than
-    `rank` is not projected. It does not thin the update: that is as dense as with AdamW.
+    A matrix that is no larger than `rank` is left to AdamW. Memory is saved in training alone: the update is as dense
+    as with AdamW.
     """
 
     rank: int = 64
     every: int = 200
-    scale: float = 0.25
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "rank", "positive", self.rank)
@@ -32,63 +38,64 @@ class Projected(Choice, ABC):
         require(self.scale > 0, "scale", "positive", self.scale)
 
     @abstractmethod
-    def make(self, library: Any, groups: list[dict[str, Any]], rate: float) -> Optimizer:
-        """The library's optimizer over these groups."""
+    def basis(self, gradient_SL: Tensor, generator: Generator) -> Tensor:
+        """P_RS, which projects gradients to [R, L] until it is renewed. `generator` draws on the CPU."""
+
+    @abstractmethod
+    def direction(self, gradient_SL: Tensor, low_RL: Tensor, adam_RL: Tensor, state: dict[str, Any]) -> Tensor:
+        """The step [S, L] before the learning rate and `scale`, from P G and from what Adam makes of P G.
+
+        `adam_RL` is without Adam's correction of the bias, which is in the learning rate. What is put into `state`,
+        numbers and tensors, is there in the matrix's next step.
+        """
 
     def build(self, model: nn.Module, rates: Rates) -> Optimizer | None:
-        try:
-            import pytorch_optimizer
-        except ImportError as error:
-            raise InvalidInput(
-                f"optimizer {str(getattr(self, 'name', ''))!r} needs the package pytorch-optimizer",
-                remedy="pip install 'deltaworks[optimizers]', or set optimizer to {name: adamw}",
-            ) from error
-        parts = split(model, str(getattr(self, "name", "")))
+        parts = split(model, self.name)
         large = [one for one in parts.hidden if min(one.shape) > self.rank]
-        if not large:
-            widest = max(min(one.shape) for one in parts.hidden)
-            require(
-                False, "the optimizer's rank", f"less than {widest}, the smaller side of the largest matrix", self.rank
-            )
-        held = {id(one) for one in large}
-        small = [*(one for one in parts.hidden if id(one) not in held), *parts.other]
-        settings = {"rank": self.rank, "update_proj_gap": self.every, "scale": self.scale, "projection_type": "std"}
-        groups: list[dict[str, Any]] = [
-            {"params": large, "weight_decay": rates.weight_decay, **settings},
-            {"params": small, "weight_decay": rates.weight_decay},
-            {"params": parts.vectors, "weight_decay": 0.0},
-        ]
-        optimizer = self.make(pytorch_optimizer, [one for one in groups if one["params"]], rates.learning_rate)
-        optimizer.register_state_dict_post_hook(_plain)
-        optimizer.register_load_state_dict_pre_hook(_rebuilt)
-        return optimizer
+        widest = max(min(one.shape) for one in parts.hidden)
+        what = f"less than {widest}, the shorter side of the largest matrix that learns"
+        require(bool(large), f"rank of optimizer {self.name}", what, self.rank)
+        return with_adamw(SubspaceAdam(large, self, rates), parts, rates)
 
 
-def _plain(optimizer: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-    """The state with projectors as their numbers: a save holds no objects."""
-    states = {}
-    for key, state in found["state"].items():
-        projector = state.get("projector")
-        kept = {} if projector is None else {"projector": [projector.ortho_matrix, projector.last_svd_step]}
-        states[key] = {**state, **kept}
-    return {**found, "state": states}
+class SubspaceAdam(Optimizer):
+    """Adam with decoupled weight decay, on the gradients of matrices as `method` projects them."""
+
+    def __init__(self, matrices: list[nn.Parameter], method: Projected, rates: Rates) -> None:
+        super().__init__(matrices, {"lr": rates.learning_rate, "weight_decay": rates.weight_decay})
+        self._method, self._seed = method, rates.seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for number, matrix in enumerate(group["params"]):
+                if matrix.grad is not None:
+                    self._advance(number, matrix, group["lr"], group["weight_decay"])
+        return loss
+
+    def _advance(self, number: int, matrix: nn.Parameter, rate: float, decay: float) -> None:
+        method, state = self._method, self.state[matrix]
+        assert matrix.grad is not None
+        turned = matrix.shape[0] > matrix.shape[1]
+        gradient_SL = matrix.grad.T if turned else matrix.grad
+        step = state.get("step", 0)
+        if step % method.every == 0:
+            state["basis"] = method.basis(gradient_SL, _generator(self._seed, number, step))
+        low_RL = state["basis"] @ gradient_SL
+        if step == 0:
+            state["mean"], state["square"] = torch.zeros_like(low_RL), torch.zeros_like(low_RL)
+        state["step"] = step + 1
+        state["mean"].lerp_(low_RL, 1 - _BETAS[0])
+        state["square"].mul_(_BETAS[1]).addcmul_(low_RL, low_RL, value=1 - _BETAS[1])
+        adam_RL = state["mean"] / (state["square"].sqrt() + _EPSILON)
+        step_SL = method.direction(gradient_SL, low_RL, adam_RL, state)
+        unbiased = math.sqrt(1 - _BETAS[1] ** (step + 1)) / (1 - _BETAS[0] ** (step + 1))
+        matrix.mul_(1 - rate * decay)
+        matrix.add_(step_SL.T if turned else step_SL, alpha=-rate * unbiased * method.scale)
 
 
-def _rebuilt(optimizer: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-    """The inverse."""
-    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
-
-    group = found["param_groups"][0]
-    states = {}
-    for key, state in found["state"].items():
-        states[key] = dict(state)
-        if isinstance(state.get("projector"), list):
-            projector = GaLoreProjector(
-                rank=group["rank"],
-                update_proj_gap=group["update_proj_gap"],
-                scale=group["scale"],
-                projection_type=group["projection_type"],
-            )
-            projector.ortho_matrix, projector.last_svd_step = state["projector"]
-            states[key]["projector"] = projector
-    return {**found, "state": states}
+def _generator(seed: int, number: int, step: int) -> Generator:
+    """The same draws whatever was drawn before, on any device, in a training that goes on as in one never stopped."""
+    key = hashlib.sha256(f"{seed} {number} {step}".encode()).digest()[:8]
+    return Generator().manual_seed(int.from_bytes(key, "little") >> 1)

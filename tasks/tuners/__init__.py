@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tasks.choice import BY_NAME, choices
 from tasks.tuners.adalora import AdaLora
-from tasks.tuners.base import Factors, Tuner
+from tasks.tuners.base import Factors, Training
 from tasks.tuners.full import Full
 from tasks.tuners.lora import Lora
 from tasks.tuners.osf import Osf
@@ -16,4 +16,4 @@ from tasks.tuners.shira import Shira
 AnyTuner = Annotated[Full | Lora | AdaLora | RandLora | Osf | Shira, BY_NAME]
 TUNERS = choices(AnyTuner)
 
-__all__ = ["TUNERS", "AdaLora", "AnyTuner", "Factors", "Full", "Lora", "Osf", "RandLora", "Shira", "Tuner"]
+__all__ = ["TUNERS", "AdaLora", "AnyTuner", "Factors", "Full", "Lora", "Osf", "RandLora", "Shira", "Training"]

@@ -18,18 +18,22 @@ from tasks.tuners.targets import CONV, LINEAR, TRANSPOSED, Layer
 class AdaLora(Adapter):
     """W + alpha / initial * B diag(E) A. Each layer begins with rank `initial`; on average `rank` is left.
 
-    A share `hold` of the steps passes before ranks shrink, and a share `settle` after they did. `orthogonal` weighs
-    the loss that keeps the rows of A and the columns of B orthonormal. alpha is divided by `initial` throughout.
-    With `validate_every`, the best weights may be from before the ranks shrank.
+    hold, settle: the shares of the steps before ranks shrink, and after they did
+    orthogonal: weight of the loss that keeps the rows of A and the columns of B orthonormal
 
-    What is kept are factors, each with as many columns as its layer's rank; a layer left without rank is the base's.
+    alpha is divided by `initial` throughout. With `validate_every`, the best weights may be from before the ranks
+    shrank. What is kept are factors, each with as many columns as its layer's rank; a layer left without rank is the
+    base's. The learning rate fits small models; E begins at 0 and A, B small, so it has to be larger than with LoRA.
     """
 
     source: ClassVar[str] = "arXiv 2303.10512"
+    trains: ClassVar[str] = "B, E and A beside linear layers and convolutions"
+    stored: ClassVar[str] = "factors; whole weights of convolutions"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, *TRANSPOSED, *CONV)
 
     name: Literal["adalora"] = "adalora"
     version: Literal[1] = 1
+    learning_rate: float = 1e-2
     rank: int = 8
     initial: int = 12
     alpha: float = 16.0
@@ -94,7 +98,10 @@ class AdaLora(Adapter):
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """How far A A^T and B^T B are from the identity: mean Frobenius norm over all factors (equation 4 of the paper)."""
+    """How far A A^T and B^T B are from the identity: as peft has it, the mean over all factors of the Frobenius norm.
+
+    Equation 4 of the paper has the sum of its squares.
+    """
     terms = []
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
@@ -109,14 +116,16 @@ class Allocation(Companion):
     def __init__(self, config: Any, model: nn.Module) -> None:
         from peft.tuners.adalora import RankAllocator
 
-        self._config, self._allocator = config, RankAllocator(model, config, ADAPTER)
+        self._model, self._allocator = model, RankAllocator(model, config, ADAPTER)
         self._last = config.total_step - config.tfinal  # the step after which ranks stay
         self._pattern: dict[str, list[bool]] | None = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, model = state.global_step + 1, kwargs["model"]
-        for parameter in model.parameters():  # a layer that the loss does not reach has no gradient: it is unimportant
-            if parameter.requires_grad and parameter.grad is None:
+        step, model = state.global_step + 1, self._model
+        skipped = kwargs["optimizer"].step_was_skipped
+        for parameter in model.parameters():
+            # a layer that the loss does not reach has no gradient, and one that is too large for float16 says nothing
+            if parameter.requires_grad and (parameter.grad is None or skipped):
                 parameter.grad = torch.zeros_like(parameter)
         if step <= self._last:
             _, pattern = self._allocator.update_and_allocate(model, step, force_mask=step == self._last)
@@ -129,6 +138,9 @@ class Allocation(Companion):
         return {"sensitivity": kept.exp_avg_ipt, "uncertainty": kept.exp_avg_unc, "pattern": self._pattern}
 
     def load(self, state: dict[str, Any]) -> None:
-        self._allocator.exp_avg_ipt, self._allocator.exp_avg_unc = state["sensitivity"], state["uncertainty"]
-        self._allocator.ipt = {name: torch.zeros_like(one) for name, one in state["sensitivity"].items()}
+        there = dict(self._model.named_parameters())
+        for name in state["sensitivity"]:
+            self._allocator.ipt[name] = torch.zeros_like(there[name])  # allocated anew in every step
+            self._allocator.exp_avg_ipt[name] = state["sensitivity"][name].to(there[name].device)
+            self._allocator.exp_avg_unc[name] = state["uncertainty"][name].to(there[name].device)
         self._pattern = state["pattern"]

@@ -9,7 +9,7 @@ that it is attached to.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,13 +28,14 @@ ADAPTER = "default"  # what peft calls the one adapter that there is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Training, ABC):
+class Adapter(Training):
     """Frozen weights, and modules that learn beside them.
 
     `targets`: `all-linear` but the output head, `all-conv`, `all` of both, or a list of endings of module names.
     """
 
     library: ClassVar[str] = "peft"
+    stored: ClassVar[str] = "whole weights"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
 
     targets: Targets = "all-linear"
@@ -60,15 +61,14 @@ class Adapter(Training, ABC):
     def attach(self, backbone: PreTrainedModel, skeleton: Skeleton) -> None:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-        name = str(getattr(self, "name", ""))
-        layers = find(self.targets, skeleton, self.adapts, name)
+        layers = find(self.targets, skeleton, self.adapts, self.name)
         self.check(layers)
         config = self.config("|".join(re.escape(layer.path) for layer in layers))
         try:
             PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](backbone, config, ADAPTER)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise InvalidInput(
-                f"{name} cannot be attached to {skeleton.architecture}: {error}",
+                f"{self.name} cannot be attached to {skeleton.architecture}: {error}",
                 remedy="Set targets to layers that it can adapt, or take another tuner: `deltaworks tuners`",
             ) from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,11 +34,16 @@ class Companion(TrainerCallback):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Choice):
-    """The schedule that all tuners share: an optimizer with linear warm-up, and `schedule` from there on to zero.
+class Training(Choice, ABC):
+    """The settings that all tuners share, and what `deltaworks tuners` tells of each.
 
-    `steps` optimiser steps of `batch` examples; `warmup` is a share of the steps; `seed` decides the order of the
-    examples, dropout, and new parameters.
+    source, library: where the method comes from, and the code
+    trains:          what learns
+    stored:          what is kept of each weight that changed
+
+    `steps` optimizer steps of `batch` examples, `accumulate` times over; `learning_rate` rises from 0 over the share
+    `warmup` of the steps, then follows `schedule`; gradients longer than `clip` are cut to it (0: never); `seed`
+    decides the order of the examples, dropout, and new parameters.
 
     `precision` is that of the arithmetic; weights are kept in float32. `gradient_checkpointing` computes activations
     twice instead of keeping them: less memory, more time. Every `save_every` steps the state is saved in the store, so
@@ -47,9 +53,15 @@ class Training(Choice):
     are the result; with `patience`, the training ends after so many measurements without a lower one.
     """
 
+    source: ClassVar[str]
+    library: ClassVar[str]
+    trains: ClassVar[str]
+    stored: ClassVar[str]
     # settings that came later: at their defaults they are no part of the spec, so that earlier trainings are found
     later: ClassVar[tuple[str, ...]] = ("optimizer", "schedule")
 
+    name: str
+    version: int
     steps: int = 100
     batch: int = 64
     accumulate: int = 1
@@ -73,6 +85,7 @@ class Training(Choice):
         require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
+        require(self.clip >= 0, "clip", "0 or more", self.clip)
         require(self.save_every >= 0, "save_every", "0 or more", self.save_every)
         require(self.validate_every >= 0, "validate_every", "0 or more", self.validate_every)
         most = "0 or more" if self.validate_every else "0, because validate_every is 0"
@@ -88,25 +101,21 @@ class Training(Choice):
 
     def optimizer_for(self, model: nn.Module) -> Optimizer | None:
         """The optimizer of what learns in `model`; None for the Trainer's own."""
-        return self.optimizer.build(model, Rates(self.learning_rate, self.weight_decay))
+        return self.optimizer.build(model, Rates(self.learning_rate, self.weight_decay, self.seed))
 
     def companions(self, model: nn.Module) -> list[Companion]:
         """What happens beside the steps. May hang hooks on `model`."""
         return []
 
-
-def _default(one: Any) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
-
-
-class Tuner(Protocol):
-    @property
-    def name(self) -> str: ...
-
+    @abstractmethod
     def attach(self, backbone: PreTrainedModel, skeleton: Skeleton) -> None:
-        """Make what should learn trainable, and only that; may add modules in place."""
-        ...
+        """Make what should learn trainable, and only that; may add modules in place. New numbers come from torch's
+        global generator, which the caller has seeded."""
 
+    @abstractmethod
     def collect(self, backbone: PreTrainedModel, skeleton: Skeleton) -> Iterator[tuple[str, Tensor | Factors]]:
-        """Canonical name and new value of every parameter that learned."""
-        ...
+        """Canonical name and new value of every parameter that learned. May merge adapters into `backbone`."""
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

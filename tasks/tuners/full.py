@@ -18,8 +18,10 @@ from tasks.tuners.base import Factors, Training
 class Full(Training):
     """`weights`: `all` parameters, or `linear` layers' weights alone, which merges better at equal accuracy."""
 
-    source: ClassVar[str] = "Loshchilov and Hutter, arXiv 1711.05101"
+    source: ClassVar[str] = "common practice"
     library: ClassVar[str] = "transformers"
+    trains: ClassVar[str] = "weights of linear layers, or all parameters"
+    stored: ClassVar[str] = "whole weights"
 
     name: Literal["full"] = "full"
     version: Literal[1] = 1

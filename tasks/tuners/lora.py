@@ -28,6 +28,8 @@ class Lora(Adapter):
     """
 
     source: ClassVar[str] = "arXiv 2106.09685"
+    trains: ClassVar[str] = "B and A beside linear layers and convolutions"
+    stored: ClassVar[str] = "factors; whole weights with DoRA, of convolutions"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, *TRANSPOSED, *CONV)
     later: ClassVar[tuple[str, ...]] = (*Training.later, "rslora", "dora", "ratio")
 

@@ -19,9 +19,11 @@ class Osf(Adapter):
     """
 
     source: ClassVar[str] = "arXiv 2504.07097"
+    trains: ClassVar[str] = "the minor singular triples of linear layers"
 
     name: Literal["osf"] = "osf"
     version: Literal[1] = 1
+    learning_rate: float = 3e-3
     keep: float = 0.5
 
     def __post_init__(self) -> None:

@@ -23,10 +23,12 @@ class RandLora(Adapter):
     """
 
     source: ClassVar[str] = "arXiv 2502.00987"
+    trains: ClassVar[str] = "the mixture of random products beside linear layers"
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, *TRANSPOSED)
 
     name: Literal["randlora"] = "randlora"
     version: Literal[1] = 1
+    learning_rate: float = 2e-3
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0

@@ -26,9 +26,11 @@ class Shira(Adapter):
     """
 
     source: ClassVar[str] = "arXiv 2406.13175"
+    trains: ClassVar[str] = "a few entries of linear layers' weights"
 
     name: Literal["shira"] = "shira"
     version: Literal[1] = 1
+    learning_rate: float = 2e-3
     rank: int = 4
     mask: Literal["random", "magnitude"] = "random"
 
