@@ -30,7 +30,10 @@ class Galore(Projected):
 
     def basis(self, gradient_SL: Tensor, generator: Generator) -> Tensor:
         U_SS: Tensor = torch.linalg.svd(gradient_SL, full_matrices=False).U
-        return U_SS[:, : self.rank].T.contiguous()
+        basis_RS = U_SS[:, : self.rank].T
+        # a library gives singular vectors of either sign, and the moments outlive a renewal: the largest entry is > 0
+        largest_R1 = basis_RS.abs().argmax(dim=1, keepdim=True)
+        return (basis_RS * basis_RS.gather(1, largest_R1).sign()).contiguous()
 
     def direction(self, gradient_SL: Tensor, low_RL: Tensor, adam_RL: Tensor, state: dict[str, Any]) -> Tensor:
         step_SL: Tensor = state["basis"].T @ adam_RL

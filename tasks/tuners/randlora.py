@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,12 +50,14 @@ class RandLora(Adapter):
     def config(self, targets: str) -> Any:
         from peft import RandLoraConfig
 
-        return RandLoraConfig(
-            r=self.rank,
-            randlora_alpha=self.alpha,
-            randlora_dropout=self.dropout,
-            projection_prng_key=self.projection_seed,
-            save_projection=False,
-            sparse=self.sparse,
-            target_modules=targets,
-        )
+        with warnings.catch_warnings():  # about products that are not saved: none are, they are drawn from their seed
+            warnings.simplefilter("ignore", UserWarning)
+            return RandLoraConfig(
+                r=self.rank,
+                randlora_alpha=self.alpha,
+                randlora_dropout=self.dropout,
+                projection_prng_key=self.projection_seed,
+                save_projection=False,
+                sparse=self.sparse,
+                target_modules=targets,
+            )
