@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -35,11 +36,7 @@ class Companion(TrainerCallback):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Choice, ABC):
-    """The settings that all tuners share, and what `deltaworks tuners` tells of each.
-
-    source, library: where the method comes from, and the code
-    trains:          what learns
-    stored:          what is kept of each weight that changed
+    """The settings that all tuners share.
 
     `steps` optimizer steps of `batch` examples, `accumulate` times over; `learning_rate` rises from 0 over the share
     `warmup` of the steps, then follows `schedule`; gradients longer than `clip` are cut to it (0: never); `seed`
@@ -53,10 +50,12 @@ class Training(Choice, ABC):
     are the result; with `patience`, the training ends after so many measurements without a lower one.
     """
 
+    # what `deltaworks tuners` tells of each: where the method and the code come from, what learns, what is kept of it
     source: ClassVar[str]
     library: ClassVar[str]
     trains: ClassVar[str]
     stored: ClassVar[str]
+
     # settings that came later: at their defaults they are no part of the spec, so that earlier trainings are found
     later: ClassVar[tuple[str, ...]] = ("optimizer", "schedule")
 
@@ -82,7 +81,7 @@ class Training(Choice, ABC):
         require(self.steps > 0, "steps", "positive", self.steps)
         require(self.batch > 0, "batch", "positive", self.batch)
         require(self.accumulate > 0, "accumulate", "positive", self.accumulate)
-        require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+        require(0 < self.learning_rate < math.inf, "learning_rate", "positive", self.learning_rate)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
         require(self.clip >= 0, "clip", "0 or more", self.clip)
