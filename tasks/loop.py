@@ -178,10 +178,10 @@ class Loop(Trainer):
         self._watcher, self._tuner = watcher, tuner
         watcher.scaler = self.accelerator.scaler
 
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         if self.optimizer is None:
             self.optimizer = self._tuner.optimizer_for(self.model)
-        found: Optimizer = super().create_optimizer(model)
+        found: Optimizer = super().create_optimizer(*args, **kwargs)  # which makes AdamW if there still is none
         return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tasks.choice import require
-from tasks.tuners.adapter import ADAPTER, Adapter
+from tasks.tuners.adapter import ADAPTER, Adapter, factors
 from tasks.tuners.base import Companion, Factors
-from tasks.tuners.targets import CONV, LINEAR, TRANSPOSED, Layer
+from tasks.tuners.targets import CONV, LINEAR, TRANSPOSED, Layer, require_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,7 @@ class AdaLora(Adapter):
         require(first < self.steps - last, "hold and settle", "less than all steps together", (self.hold, self.settle))
 
     def check(self, layers: list[Layer]) -> None:
-        widest = max(layers, key=lambda layer: layer.side)
-        most = f"at most {widest.side}, the smaller side of {widest.path}, the largest target"
-        require(self.initial <= widest.side, "initial", most, self.initial)
+        require_rank("initial", self.initial, layers)
 
     def config(self, targets: str) -> Any:
         from peft import AdaLoraConfig
@@ -82,8 +80,7 @@ class AdaLora(Adapter):
             return super().change(layer)
         scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].detach() + 1e-5)
         B = layer.lora_B[ADAPTER].detach()[:, kept] * E[kept] * scale
-        A = layer.lora_A[ADAPTER].detach()[kept]
-        return Factors(A.T.contiguous(), B.T.contiguous()) if getattr(layer, "fan_in_fan_out", False) else Factors(B, A)
+        return factors(layer, B, layer.lora_A[ADAPTER].detach()[kept])
 
     def companions(self, model: nn.Module) -> list[Companion]:
         if self.orthogonal:

@@ -81,3 +81,10 @@ class Adapter(Training):
                 found = self.change(module)
                 if found is not None:
                     yield skeleton.canonical(f"{path}.weight"), found
+
+
+def factors(layer: Any, B: Tensor, A: Tensor) -> Factors:
+    """B A as it is added to the weight of `layer`. Conv1D (GPT-2) holds that transposed: (B A)^T = A^T B^T."""
+    if getattr(layer, "fan_in_fan_out", False):
+        return Factors(A.T.contiguous(), B.T.contiguous())
+    return Factors(B, A)

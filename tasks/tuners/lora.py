@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tasks.choice import require
-from tasks.tuners.adapter import ADAPTER, Adapter
+from tasks.tuners.adapter import ADAPTER, Adapter, factors
 from tasks.tuners.base import Factors, Training
-from tasks.tuners.targets import CONV, LINEAR, TRANSPOSED, Layer
+from tasks.tuners.targets import CONV, LINEAR, TRANSPOSED, Layer, require_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,7 @@ class Lora(Adapter):
         require(alone, "ratio", f"1 with optimizer {self.optimizer.name!r}: LoRA+ sets rates of adamw", self.ratio)
 
     def check(self, layers: list[Layer]) -> None:
-        widest = max(layers, key=lambda layer: layer.side)
-        most = f"at most {widest.side}, the smaller side of {widest.path}, the largest target"
-        require(self.rank <= widest.side, "rank", most, self.rank)
+        require_rank("rank", self.rank, layers)
 
     def config(self, targets: str) -> Any:
         from peft import LoraConfig
@@ -72,9 +70,7 @@ class Lora(Adapter):
         if self.dora or layer.get_base_layer().weight.ndim != 2:
             return super().change(layer)
         B = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-        A = layer.lora_A[ADAPTER].weight.detach()
-        # Conv1D (GPT-2) holds its weight transposed, so what is added to it is (B A)^T
-        return Factors(A.T, B.T) if getattr(layer, "fan_in_fan_out", False) else Factors(B, A)
+        return factors(layer, B, layer.lora_A[ADAPTER].weight.detach())
 
     def optimizer_for(self, model: nn.Module) -> Optimizer | None:
         if self.ratio == 1:

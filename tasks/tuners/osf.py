@@ -12,10 +12,12 @@ from tasks.tuners.targets import Layer, narrow
 
 @dataclass(frozen=True, kw_only=True)
 class Osf(Adapter):
-    """W = U S V^T: the leading share `keep` of the singular triples stays, the others learn, orthogonal to those.
+    """W = U S V^T: the leading share `keep` of the singular triples stays, the others learn.
 
-    What a model knows is in the directions that stay, so it forgets less when it is tuned again and again. The change
-    has rank 2 (1 - keep) min(m, n) at most: whole weights are kept. Needs the memory of full fine-tuning and of U, V.
+    What a model knows is in the directions that stay, so it forgets less when it is tuned again and again. Gradients
+    are orthogonal to those directions; AdamW turns the steps a little, so that about a tenth of the change's norm is
+    along them. The change has rank 2 (1 - keep) min(m, n) at most. Needs the memory of full fine-tuning and of U and V,
+    and an SVD of every target before the first step, on the CPU.
     """
 
     source: ClassVar[str] = "arXiv 2504.07097"

@@ -21,8 +21,8 @@ class Shira(Adapter):
         random     drawn for each layer by `seed`
         magnitude  the largest of the base, SHiRA-WM of the paper: the same for every task
 
-    What is kept is the whole weight, of which all other entries are the base's, bit for bit: the update is zero
-    there, and codecs that spend nothing on zeros (`exact`, `ternary`) write it small.
+    What is kept is the whole weight, of which all other entries are the base's: the update is zero there, and codecs
+    that spend nothing on zeros (`exact`, `ternary`) write it small.
     """
 
     source: ClassVar[str] = "arXiv 2406.13175"

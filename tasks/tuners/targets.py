@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from storage.errors import InvalidInput
+from tasks.choice import require
 from tasks.naming import Skeleton, Slot
 
 Targets = tuple[str, ...] | Literal["all-linear", "all-conv", "all"]
@@ -67,6 +68,13 @@ def find(targets: Targets, skeleton: Skeleton, adapts: tuple[type[nn.Module], ..
 def narrow(layers: list[Layer]) -> Layer:
     """The layer with the smallest side: the first that a rank does not fit."""
     return min(layers, key=lambda one: one.side)
+
+
+def require_rank(setting: str, rank: int, layers: list[Layer]) -> None:
+    """Refuse a rank that is more than any of these layers can have. A smaller layer just has columns to spare."""
+    widest = max(layers, key=lambda one: one.side)
+    most = f"at most {widest.side}, the smaller side of {widest.path}, the largest target"
+    require(rank <= widest.side, setting, most, rank)
 
 
 def _owned(slot: Slot) -> bool:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from tasks.tensors import read_delta, read_tensor
 from tasks.tuners import TUNERS, AnyTuner, Factors, Full, Lora
 from tasks.tuners.adapter import Adapter
 from tasks.tuners.targets import find
+from tests.builders import ingested
 
 SUITE = ImageClassification(data=Digits(view="rot90", limit=128), head=Orthonormal())
 SCHEDULE: dict[str, Any] = {"steps": 12, "batch": 16, "learning_rate": 1e-2}
@@ -222,6 +224,23 @@ def test_the_update_merges(case: str) -> None:
     merged = STORE.open(materialize(base(), fold_update(base(), None, update, Recipe(Average()), STORE), STORE))
     for name in after.names:
         torch.testing.assert_close(read_tensor(merged, name), read_tensor(after, name), rtol=0, atol=WEIGHTS)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_small_changes_of_a_bfloat16_base_are_not_rounded_away(name: str, tmp_path: Path) -> None:
+    """The masters are float32: steps far below what bfloat16 can tell apart are in the update."""
+    half = ingested(load_model(STORE.open(base())).to(torch.bfloat16), tmp_path, STORE)
+    small = replace(next(one for one in CASES.values() if one.name == name), learning_rate=1e-5, steps=4)
+    after = STORE.open(fine_tune(half, "rot90", SUITE, small, STORE))
+    update = STORE.open(extract_update(half, after.ref, Extract(), STORE))
+    source = STORE.open(half)
+    assert {record.dtype for record in source.manifest.tensors} == {"BF16"}
+    changed = [record.name for record in after.manifest.tensors if record != source.record(record.name)]
+    assert {after.record(one).dtype for one in changed} == {"F32"}
+    deltas = {one: read_delta(update, one) for one in changed if "pooler" not in one}  # which the digits do not reach
+    assert all(bool((delta != 0).any()) for delta in deltas.values())
+    lost = [read_tensor(source, one) + delta.bfloat16() == read_tensor(source, one) for one, delta in deltas.items()]
+    assert torch.cat([one.flatten() for one in lost]).float().mean() > 0.5  # had the weights been bfloat16
 
 
 @EVERY

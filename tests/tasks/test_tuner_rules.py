@@ -89,6 +89,20 @@ def test_dora_scales_each_row_to_its_length(tmp_path: Path) -> None:
     torch.testing.assert_close(tiny.kept(PATH), expected)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft says that it saw the Conv1D layers, which is what we want
+@pytest.mark.parametrize(
+    "tuner", [Lora(rank=3), AdaLora(rank=2, initial=3), RandLora(rank=8)], ids=lambda one: one.name
+)
+def test_weights_that_are_held_transposed_change_as_peft_says(tuner: AnyTuner, tmp_path: Path) -> None:
+    """GPT-2's, of which one is no square."""
+    tiny, path = Tiny(tuner, tmp_path, "GPT2LMHeadModel").drawn(), "transformer.h.0.mlp.c_fc"
+    expected = tiny.layer(path).get_delta_weight("default").detach()
+    found = dict(tiny.tuner.collect(tiny.model, tiny.skeleton))["h.0.mlp.c_fc.weight"]
+    change = found.B @ found.A if isinstance(found, Factors) else found - tiny.weight(path)
+    assert change.shape == (32, 128)
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+
+
 def test_lora_plus_has_two_rates(tmp_path: Path) -> None:
     tiny = Tiny(Lora(rank=4, ratio=16.0, learning_rate=1e-3), tmp_path)
     optimizer = tiny.tuner.optimizer_for(tiny.model)
