@@ -282,6 +282,18 @@ def test_a_training_that_was_stopped_ends_with_the_same_bytes(case: str) -> None
     assert again == known
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EVERY
+def test_a_gpu_trains_about_the_same_and_goes_on(case: str) -> None:
+    """What is saved comes back to where the model is."""
+    tuner = replace(CASES[case], save_every=3)
+    with pytest.raises(Stop):
+        fine_tune(base(), "rot90", SUITE, tuner, STORE, "cuda", stop_at(5))
+    after = STORE.open(fine_tune(base(), "rot90", SUITE, tuner, STORE, "cuda"))
+    losses = [[point["loss"] for point in json.loads(one.asset(HISTORY))] for one in (STORE.open(tuned(case)), after)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # but dropout: other generators, other sums
+
+
 @pytest.mark.parametrize("name", TUNERS)
 def test_it_learns(name: str) -> None:
     """A hundred steps are far from the base, which has never seen this head."""
