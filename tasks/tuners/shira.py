@@ -49,6 +49,8 @@ class Shira(Adapter):
     def config(self, targets: str) -> Any:
         from peft import ShiraConfig
 
+        # as it is by default; torch warns where it is not said
+        torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
         config = ShiraConfig(r=self.rank, target_modules=targets)
         config.mask_fn = largest if self.mask == "magnitude" else drawn
         return config
