@@ -20,10 +20,8 @@ from storage.errors import InvalidInput
 from tasks.choice import Choice
 from tasks.codecs import CODECS
 from tasks.mergers import MERGERS, Joint
-from tasks.optimizers import OPTIMIZERS
 from tasks.scalings import SCALINGS
 from tasks.sparsifiers import SPARSIFIERS
-from tasks.tuners import TUNERS, Training
 
 _WIDE = 100  # columns that running text takes at most
 _SENTENCE = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)\.(?=\s|$)")
@@ -34,9 +32,7 @@ _ENTRY = re.compile(r"\s*\S+( \S+)*?\s{2,}(?=\S)")  # the word that an indented 
 Families = Mapping[str, Mapping[str, Any]]  # the key of a config, and the choices there
 MERGING: Families = {"merger": MERGERS, "sparsify": SPARSIFIERS, "scaling": SCALINGS}
 CODING: Families = {"codec": CODECS}
-TUNING: Families = {"tuner": TUNERS, "optimizer": OPTIMIZERS}
 
-_SHARED = tuple(one.name for one in dataclasses.fields(Training) if one.name not in ("name", "version"))
 _SEQUENTIAL = "sequential mergers: updates are folded in one by one, in constant memory"
 _JOINT = "joint mergers: the updates are read together when the model is written"
 
@@ -81,14 +77,23 @@ def codecs(width: int) -> Iterator[str | Table]:
     yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
 
 
+def tuning() -> Families:
+    """Imported when asked for: tuners bring transformers, which takes seconds."""
+    from tasks.optimizers import OPTIMIZERS
+    from tasks.tuners import TUNERS
+
+    return {"tuner": TUNERS, "optimizer": OPTIMIZERS}
+
+
 def tuners(width: int) -> Iterator[str | Table]:
     """All tuners and optimizers, for a terminal of `width` columns."""
+    families = tuning()
     table = _table("tuners: what learns of a model", "name", "source", "library", "trains", "own settings")
-    for name, kind in TUNERS.items():
+    for name, kind in families["tuner"].items():
         table.add_row(name, *map(escape, (_source(kind), kind.library, kind.trains, _names(kind))))
     yield table
     table = _table("optimizers: how it learns, with any tuner", "name", "source", "library", "state", "for", "settings")
-    for name, kind in OPTIMIZERS.items():
+    for name, kind in families["optimizer"].items():
         table.add_row(name, *map(escape, (_source(kind), kind.library, kind.state, kind.steps, _names(kind))))
     yield table
     notes = (
@@ -117,8 +122,12 @@ def about(name: str, width: int, families: Families = MERGING) -> Iterator[str |
     if settings:
         yield _settings("settings", kind, settings)
     if role == "tuner":
+        from tasks.tuners import Training
+
         yield escape(_reflowed(inspect.cleandoc(Training.__doc__ or ""), min(width, _WIDE))) + "\n"
-        shared = [one for one in dataclasses.fields(kind) if one.name in _SHARED]
+        shared = [
+            one for one in dataclasses.fields(kind) if one.name not in ("name", "version") and one not in settings
+        ]
         yield _settings("settings that all tuners share, with the defaults of this one", kind, shared)
     for line in _company(role):
         yield escape(textwrap.fill(line, min(width, _WIDE), subsequent_indent="  "))
@@ -135,7 +144,7 @@ def _nature(role: str, kind: Any) -> str:
     source = getattr(kind, "source", "") or _source(kind)
     if role == "codec":
         return f"a {'lossless' if kind.lossless else 'lossy'} codec, {source}"
-    if role in TUNING:
+    if role in ("tuner", "optimizer"):
         nature = f"{'a tuner' if role == 'tuner' else 'an optimizer'}, {source}; library: {kind.library}"
         if role == "tuner":
             return f"{nature}\ntrains: {kind.trains}\nstored of an update: {kind.stored}"
@@ -177,8 +186,12 @@ def _state(kind: Any) -> str:
 
 def _own(kind: Any) -> list[dataclasses.Field[Any]]:
     """The settings of a choice, of a tuner without those that all tuners have."""
-    shared = _SHARED if issubclass(kind, Training) else ()
-    return [one for one in dataclasses.fields(kind) if one.name not in ("name", "version", *shared)]
+    left_out = {"name", "version"}
+    if hasattr(kind, "trains"):
+        from tasks.tuners import Training
+
+        left_out |= {one.name for one in dataclasses.fields(Training)}
+    return [one for one in dataclasses.fields(kind) if one.name not in left_out]
 
 
 def _names(kind: Any) -> str:

@@ -25,8 +25,6 @@ def tuners(
     with errors_explained():
         from flows import catalogue
 
-        parts = (
-            catalogue.tuners(console.width) if name is None else catalogue.about(name, console.width, catalogue.TUNING)
-        )
-        for part in parts:
+        width = console.width
+        for part in catalogue.tuners(width) if name is None else catalogue.about(name, width, catalogue.tuning()):
             console.print(part)

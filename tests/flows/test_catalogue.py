@@ -80,7 +80,7 @@ def test_tuners_and_optimizers_are_listed_with_what_learns_and_their_settings(wi
 @pytest.mark.parametrize("name", [*TUNERS, *OPTIMIZERS])
 def test_a_tuner_is_described_with_all_its_settings(name: str) -> None:
     kind = {**TUNERS, **OPTIMIZERS}[name]
-    text = printed(catalogue.about(name, 100, catalogue.TUNING), 100)
+    text = printed(catalogue.about(name, 100, catalogue.tuning()), 100)
     assert max(map(len, text.splitlines())) <= 100
     words = " ".join(text.split())
     for told in (
