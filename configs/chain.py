@@ -21,6 +21,7 @@ from tasks.extract import Extract
 from tasks.gate import Gate
 from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
+from tasks.optimizers import AnyOptimizer
 from tasks.recipe import Recipe
 from tasks.scalings import AnyScaling
 from tasks.search import Search
@@ -211,7 +212,18 @@ def presets() -> list[str]:
 
 def owner_of(loc: tuple[Any, ...], top: type) -> type:
     """The class whose field the last part of `loc` should have been: the last choice named on the way there."""
-    families = (AnyBase, AnyCodec, AnyData, AnyHead, AnyMerger, AnyScaling, AnySparsifier, AnySuite, AnyTuner)
+    families = (
+        AnyBase,
+        AnyCodec,
+        AnyData,
+        AnyHead,
+        AnyMerger,
+        AnyOptimizer,
+        AnyScaling,
+        AnySparsifier,
+        AnySuite,
+        AnyTuner,
+    )
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
     known |= {"search": Search, "gate": Gate, "retained": Ability}
     for family in families:

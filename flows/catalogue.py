@@ -1,4 +1,5 @@
-"""The catalogue: what `deltaworks mergers` prints. Read from the choices themselves, so it lists whatever there is."""
+"""The catalogue: what `deltaworks mergers`, `codecs` and `tuners` print. Read from the choices themselves, so that it
+lists whatever there is."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from storage.errors import InvalidInput
+from tasks.choice import Choice
 from tasks.codecs import CODECS
 from tasks.mergers import MERGERS, Joint
 from tasks.scalings import SCALINGS
@@ -75,6 +77,34 @@ def codecs(width: int) -> Iterator[str | Table]:
     yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
 
 
+def tuning() -> Families:
+    """Imported when asked for: tuners bring transformers, which takes seconds."""
+    from tasks.optimizers import OPTIMIZERS
+    from tasks.tuners import TUNERS
+
+    return {"tuner": TUNERS, "optimizer": OPTIMIZERS}
+
+
+def tuners(width: int) -> Iterator[str | Table]:
+    """All tuners and optimizers, for a terminal of `width` columns."""
+    families = tuning()
+    table = _table("tuners: what learns of a model", "name", "source", "library", "trains", "own settings")
+    for name, kind in families["tuner"].items():
+        table.add_row(name, *map(escape, (_source(kind), kind.library, kind.trains, _names(kind))))
+    yield table
+    table = _table("optimizers: how it learns, with any tuner", "name", "source", "library", "state", "for", "settings")
+    for name, kind in families["optimizer"].items():
+        table.add_row(name, *map(escape, (_source(kind), kind.library, kind.state, kind.steps, _names(kind))))
+    yield table
+    notes = (
+        "state: numbers kept of a matrix with the sides s <= l. What an optimizer is not for is left to AdamW.",
+        "Settings of one, and those that all tuners share: `deltaworks tuners NAME`. In a config, of a chain or of a "
+        "task:",
+        "  tuner: {name: NAME, steps: 500, learning_rate: 1.0e-4, optimizer: {name: NAME}}",
+    )
+    yield "\n".join(textwrap.fill(note, min(width, _WIDE)) for note in notes)
+
+
 def about(name: str, width: int, families: Families = MERGING) -> Iterator[str | Table]:
     """Everything about one choice of these families."""
     role = next((role for role, family in families.items() if name in family), None)
@@ -88,20 +118,25 @@ def about(name: str, width: int, families: Families = MERGING) -> Iterator[str |
     module = inspect.getmodule(kind)
     for text in (module.__doc__ if module else None, kind.__doc__):
         yield escape(_reflowed(inspect.cleandoc(text or ""), min(width, _WIDE))) + "\n"
-    settings = [one for one in dataclasses.fields(kind) if one.name not in ("name", "version")]
+    settings = _own(kind)
     if settings:
-        table = _table("settings", "name", "default", "type")
-        hints = get_type_hints(kind)
-        for one in settings:
-            table.add_row(one.name, escape(_default(one)), escape(_type(hints[one.name])))
-        yield table
+        yield _settings("settings", kind, settings)
+    if role == "tuner":
+        from tasks.tuners import Training
+
+        yield escape(_reflowed(inspect.cleandoc(Training.__doc__ or ""), min(width, _WIDE))) + "\n"
+        shared = [
+            one for one in dataclasses.fields(kind) if one.name not in ("name", "version") and one not in settings
+        ]
+        yield _settings("settings that all tuners share, with the defaults of this one", kind, shared)
     for line in _company(role):
         yield escape(textwrap.fill(line, min(width, _WIDE), subsequent_indent="  "))
     example = ", ".join([f"name: {name}", *(f"{one.name}: {_default(one)}" for one in settings[:1])])
-    yield f"\nin a config:     {role}: {{{example}}}"
+    whole = f"{role}: {{{example}}}"
+    yield f"\nin a config:     {f'tuner: {{name: full, {whole}}}' if role == 'optimizer' else whole}"
     if role == "codec":
         yield f"for an update:   deltaworks compress UPDATE {name}"
-    else:
+    elif role in MERGING:
         yield f"for a line:      deltaworks line rebuild LINE --{role} {name}"
 
 
@@ -109,6 +144,11 @@ def _nature(role: str, kind: Any) -> str:
     source = getattr(kind, "source", "") or _source(kind)
     if role == "codec":
         return f"a {'lossless' if kind.lossless else 'lossy'} codec, {source}"
+    if role in ("tuner", "optimizer"):
+        nature = f"{'a tuner' if role == 'tuner' else 'an optimizer'}, {source}; library: {kind.library}"
+        if role == "tuner":
+            return f"{nature}\ntrains: {kind.trains}\nstored of an update: {kind.stored}"
+        return f"{nature}\nfor {kind.steps}; state of a matrix [s, l]: {kind.state}"
     if role != "merger":
         return ", ".join(text for text in ("a sparsifier" if role == "sparsify" else "a scaling", source) if text)
     nature = "a joint merger" if issubclass(kind, Joint) else "a sequential merger"
@@ -144,8 +184,32 @@ def _state(kind: Any) -> str:
     return re.split("[:;]", str(kind.state_size), maxsplit=1)[0]
 
 
+def _own(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The settings of a choice, of a tuner without those that all tuners have."""
+    left_out = {"name", "version"}
+    if hasattr(kind, "trains"):
+        from tasks.tuners import Training
+
+        left_out |= {one.name for one in dataclasses.fields(Training)}
+    return [one for one in dataclasses.fields(kind) if one.name not in left_out]
+
+
+def _names(kind: Any) -> str:
+    return ", ".join(one.name for one in _own(kind))
+
+
+def _settings(title: str, kind: Any, settings: list[dataclasses.Field[Any]]) -> Table:
+    table = _table(title, "name", "default", "type")
+    hints = get_type_hints(kind)
+    for one in settings:
+        table.add_row(one.name, escape(_default(one)), escape(_type(hints[one.name])))
+    return table
+
+
 def _type(hint: Any) -> str:
     """A type as it is written in a config."""
+    if isinstance(hint, type) and issubclass(hint, Choice):
+        return f"{{name: {hint.name}}}"  # type: ignore[attr-defined]
     if get_origin(hint) is Literal:
         return " | ".join(str(one) for one in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -159,6 +223,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is dataclasses.MISSING:
         return "required"
+    if isinstance(value, Choice):
+        return f"{{name: {value.name}}}"  # type: ignore[attr-defined]
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -169,12 +235,17 @@ def _reflowed(text: str, width: int) -> str:
         indent = len(line) - len(line.lstrip())
         if not line.strip():
             blocks.append((0, ""))
-        elif blocks and blocks[-1][1] and (indent == blocks[-1][0] or _continues(line, blocks[-1])):
+        elif blocks and blocks[-1][1] and (_flows_on(line, indent, blocks[-1]) or _continues(line, blocks[-1])):
             blocks[-1] = (indent, f"{blocks[-1][1]} {line.strip()}")
         else:
             entry = _ENTRY.match(line)
             blocks.append((entry.end() if entry else indent, line))
     return "\n".join(textwrap.fill(one, max(width, hang + 30), subsequent_indent=" " * hang) for hang, one in blocks)
+
+
+def _flows_on(line: str, indent: int, block: tuple[int, str]) -> bool:
+    """Whether a line goes on with running text: a setting after a setting does not."""
+    return indent == block[0] and not (_SETTING.match(line) and _SETTING.match(block[1]))
 
 
 def _continues(line: str, block: tuple[int, str]) -> bool:
@@ -189,5 +260,5 @@ def _table(title: str, *columns: str) -> Table:
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        table.add_column(column, no_wrap=column in ("name", "state", "weights", "source"))
+        table.add_column(column, no_wrap=column in ("name", "state", "weights", "source", "library"))
     return table

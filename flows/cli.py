@@ -36,6 +36,7 @@ from flows.terminal import (
     open_workplace,
 )
 from flows.transfer_commands import copy, line_export, line_import, mirror
+from flows.tuner_command import tuners
 from flows.verify_command import verify
 
 app = typer.Typer(
@@ -52,6 +53,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   deltaworks line log demo-opcm         how the merged model came to be
 
   deltaworks line rebuild --help        the same updates, merged otherwise
+
+  deltaworks tuners                     every way to train, and its settings
 
   deltaworks mergers                    every way to merge, and its settings
 
@@ -97,7 +100,7 @@ app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
 app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
-for _command in (codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
+for _command in (tuners, codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)

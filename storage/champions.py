@@ -10,12 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from storage.errors import InvalidInput, Missing
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE, REASONS = "gate", "gate.reasons"  # tags of a version: what the gate said of it
@@ -37,9 +34,9 @@ class Change:
 
 
 class Champions:
-    """The champion of one registered model."""
+    """The champion of one registered model, seen through an MLflow client (storage/registry.py)."""
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
+    def __init__(self, client: Any, name: str) -> None:
         self._client, self._name = client, name
 
     def version(self, alias: str = CHAMPION) -> int | None:

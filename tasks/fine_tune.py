@@ -23,6 +23,7 @@ from tasks.checkpoints import HISTORY, load_model, skeleton_of
 from tasks.data import Rows, Split
 from tasks.devices import require_trainable
 from tasks.exclusive import PROCESS_STATE
+from tasks.headroom import advised_on_memory
 from tasks.launched import Job, Log, launch
 from tasks.loop import Best, Loop, Point, Report, Watcher
 from tasks.resume import put_back
@@ -32,6 +33,12 @@ from tasks.suites.base import Trainable, batches
 from tasks.tensors import check_finite, dtype_name, prefixed, read_tensor
 from tasks.tuners import AnyTuner, Factors
 from tasks.world import WEIGHT, Shared, World, this_world, weighed
+
+_SCHEDULES = {
+    "cosine": SchedulerType.COSINE,
+    "linear": SchedulerType.LINEAR,
+    "constant": SchedulerType.CONSTANT_WITH_WARMUP,
+}
 
 
 def fine_tune(
@@ -126,7 +133,7 @@ def train(
             learning_rate=tuner.learning_rate,
             weight_decay=tuner.weight_decay,
             warmup_steps=round(tuner.warmup * tuner.steps),
-            lr_scheduler_type=SchedulerType.COSINE,
+            lr_scheduler_type=_SCHEDULES[tuner.schedule],
             max_grad_norm=tuner.clip,
             bf16=tuner.precision == "bfloat16",
             fp16=tuner.precision == "float16",
@@ -147,18 +154,13 @@ def train(
         if tuner.sharding == "fsdp" and world.size > 1:
             shard(model, world, arguments.device)  # before the Trainer would move the whole of it to one GPU
         validate = None if held_out is None else partial(_loss, Shared(held_out, problem, world), tuner.batch, world)
-        watcher = Watcher(tuner, report if world.leads else _silent, saves, validate, world)
+        companions = tuner.companions(model)
+        watcher = Watcher(tuner, report if world.leads else _silent, saves, validate, world, companions)
         examples: Any = Shared(rows, problem, world)
         settings = {"model": model, "args": arguments, "train_dataset": examples, "data_collator": examples.collate}
-        loop = Loop(watcher, tuner, world, **settings)
-        try:
+        with advised_on_memory(tuner, device):
+            loop = Loop(watcher, tuner, world, **settings)
             loop.train(resume_from_checkpoint=watcher.resume_folder(Path(folder), tuner.batch))
-        except torch.OutOfMemoryError as error:
-            less = f"Set batch {max(1, tuner.batch // 2)} and accumulate {tuner.accumulate * 2}"
-            more = "" if tuner.gradient_checkpointing else "set gradient_checkpointing, "
-            raise InvalidInput(
-                f"the device ran out of memory at batch {tuner.batch}", remedy=f"{less}, {more}or tune with lora"
-            ) from error
     put_together(model, world)
     model.to("cpu").eval()
     if watcher.best is not None and world.leads:

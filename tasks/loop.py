@@ -8,20 +8,21 @@ evaluation draws from the global generator: neither is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from storage.errors import InvalidInput
 from storage.saves import Save, Saves
 from tasks.resume import flattened, generators, learned, put_back, set_generators, unflattened
 from tasks.sharding import part, spread_again, spread_state, whole
-from tasks.tuners.base import Training
+from tasks.tuners.base import Companion, Training
 from tasks.world import WEIGHT, World, weighed
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, a word about them
@@ -49,10 +50,12 @@ class Watcher(TrainerCallback):
         saves: Saves | None,
         validate: Callable[[nn.Module], float] | None,
         world: World,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self.history: list[Point] = []
         self.best: Best | None = None
         self.scaler: Any = None
+        self.companions = companions
         self._tuner, self._report, self._saves, self._validate = tuner, report, saves, validate
         self._world = world
         self._every = max(1, tuner.steps // 10)
@@ -151,6 +154,7 @@ class Watcher(TrainerCallback):
             "sum": self._sum,
             "misses": self._misses,
             "best": None if self.best is None else self.best._asdict(),
+            "companions": [one.state() for one in self.companions],
         }
         if self._world.size > 1:
             state["others"] = drawn[1:]
@@ -171,6 +175,8 @@ class Watcher(TrainerCallback):
         self._states = drawn[self._world.rank] if self._world.rank < len(drawn) else None
         self.history, self._sum, self._misses = state["history"], state["sum"], state["misses"]
         self.best = None if state["best"] is None else Best(**state["best"])
+        for companion, kept in zip(self.companions, state.get("companions", []), strict=True):
+            companion.load(kept)
 
     def _diverged(self, step: int) -> InvalidInput:
         tuner = self._tuner
@@ -191,13 +197,15 @@ class _Nowhere(dict[str, Tensor]):
 
 
 class Loop(Trainer):
-    """The Trainer, which shows its watcher every loss. One of the processes of `world`."""
+    """The Trainer, with the optimizer of a tuner, which shows its watcher every loss: one of the `world`'s processes."""
+
+    optimizer: Optimizer | None
 
     def __init__(self, watcher: Watcher, tuner: Training, world: World, **settings: Any) -> None:
-        super().__init__(callbacks=[watcher], **settings)
+        super().__init__(callbacks=[*watcher.companions, watcher], **settings)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch, and those of `accumulate` are averaged
-        self._watcher, self._world = watcher, world
+        self._watcher, self._tuner, self._world = watcher, tuner, world
         watcher.scaler = self.accelerator.scaler
         if tuner.sharding == "fsdp" and world.size > 1:
             # the model is sharded already: not to be wrapped once more
@@ -215,6 +223,12 @@ class Loop(Trainer):
         weight = inputs.pop(WEIGHT, None)
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         return loss if weight is None else weighed(loss, float(weight), self._world)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self._tuner.optimizer_for(self.model)
+        found: Optimizer = super().create_optimizer(*args, **kwargs)  # which makes AdamW if there still is none
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

@@ -15,6 +15,7 @@ from tasks.choice import Choice, choices
 from tasks.codecs import AnyCodec
 from tasks.data import AnyData
 from tasks.mergers import AnyMerger, Joint
+from tasks.optimizers import AnyOptimizer
 from tasks.scalings import AnyScaling
 from tasks.sparsifiers import AnySparsifier
 from tasks.suites import AnySuite
@@ -32,6 +33,7 @@ FOLDERS = {
     "sparsifiers": AnySparsifier,
     "scalings": AnyScaling,
     "tuners": AnyTuner,
+    "optimizers": AnyOptimizer,
     "suites": AnySuite,
     "data": AnyData,
 }
@@ -113,3 +115,15 @@ def test_the_readme_lists_every_merger_as_it_is() -> None:
         kind = "joint" if issubclass(merger, Joint) else "sequential"
         expected[name] = (kind, merger.state_size, "yes" if merger.weighted else "no", merger.source)
     assert rows == expected
+
+
+def test_the_readme_lists_every_tuner_and_optimizer_as_it_is() -> None:
+    """What learns or is stepped, what is kept of it, library and source, as the classes say."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[3] in ("peft", "torch", "transformers", "ours"):
+            rows[cells[0].split("`")[1]] = tuple(cells[1:])
+    tuners = {name: (one.trains, one.stored, one.library, one.source) for name, one in choices(AnyTuner).items()}
+    steppers = {name: (one.steps, one.state, one.library, one.source) for name, one in choices(AnyOptimizer).items()}
+    assert rows == {**tuners, **steppers}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback
 
 from tasks.choice import Choice, require
 from tasks.naming import Skeleton
+from tasks.optimizers import AdamW, AnyOptimizer, Rates
 
 
 class Factors(NamedTuple):
@@ -20,12 +24,23 @@ class Factors(NamedTuple):
     A: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training(Choice):
-    """The schedule that all tuners share: AdamW with linear warm-up and cosine decay to zero.
+class Companion(TrainerCallback):
+    """What a tuner does beside the steps. What it has to remember is saved with a training."""
 
-    `steps` optimiser steps of `batch` examples; `warmup` is a share of the steps; `seed` decides the order of the
-    examples, dropout, and new parameters.
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Choice, ABC):
+    """The settings that all tuners share.
+
+    `steps` optimizer steps of `batch` examples, `accumulate` times over; `learning_rate` rises from 0 over the share
+    `warmup` of the steps, then follows `schedule`; gradients longer than `clip` are cut to it (0: never); `seed`
+    decides the order of the examples, dropout, and new parameters.
 
     `precision` is that of the arithmetic; weights are kept in float32. `gradient_checkpointing` computes activations
     twice instead of keeping them: less memory, more time. Every `save_every` steps the state is saved in the store, so
@@ -38,6 +53,19 @@ class Training(Choice):
     the weights and the optimizer's state too. The result is the same up to rounding and dropout.
     """
 
+    # what `deltaworks tuners` tells of each: where the method and the code come from, what learns, what is kept of it
+    source: ClassVar[str]
+    library: ClassVar[str]
+    trains: ClassVar[str]
+    stored: ClassVar[str]
+
+    # settings that came later: at their defaults they are no part of the spec, so that earlier trainings are found
+    later: ClassVar[tuple[str, ...]] = ("optimizer", "schedule")
+
+    shards: ClassVar[bool] = False  # whether its weights may be spread over processes
+
+    name: str
+    version: int
     steps: int = 100
     batch: int = 64
     accumulate: int = 1
@@ -53,14 +81,17 @@ class Training(Choice):
     patience: int = 0
     processes: int = 1
     sharding: Literal["none", "fsdp"] = "none"
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "steps", "positive", self.steps)
         require(self.batch > 0, "batch", "positive", self.batch)
         require(self.accumulate > 0, "accumulate", "positive", self.accumulate)
-        require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+        require(0 < self.learning_rate < math.inf, "learning_rate", "positive", self.learning_rate)
         require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
+        require(self.clip >= 0, "clip", "0 or more", self.clip)
         require(self.save_every >= 0, "save_every", "0 or more", self.save_every)
         require(self.validate_every >= 0, "validate_every", "0 or more", self.validate_every)
         most = "0 or more" if self.validate_every else "0, because validate_every is 0"
@@ -69,6 +100,8 @@ class Training(Choice):
         require(0 < self.processes <= self.batch, "processes", one_each, self.processes)
         if self.sharding == "fsdp":
             require(self.processes > 1, "processes", "2 or more with sharding: fsdp", self.processes)
+            alone = f"none with tuner {self.name!r} and optimizer {self.optimizer.name!r}"
+            require(self.shards and self.optimizer.name == "adamw", "sharding", alone, self.sharding)
             not_half = "float32 or bfloat16 with sharding: fsdp"
             require(self.precision != "float16", "precision", not_half, self.precision)
 
@@ -76,17 +109,28 @@ class Training(Choice):
         """Without what has no influence on the result, so that a training is found again whichever way it was run."""
         how = ("gradient_checkpointing", "save_every", *(() if self.validate_every else ("validate_every", "patience")))
         how = (*how, "processes", "sharding")
-        return {name: value for name, value in super().spec().items() if name not in how}
+        usual = {
+            one.name for one in fields(self) if one.name in self.later and getattr(self, one.name) == _default(one)
+        }
+        return {name: value for name, value in super().spec().items() if name not in how and name not in usual}
 
+    def optimizer_for(self, model: nn.Module) -> Optimizer | None:
+        """The optimizer of what learns in `model`; None for the Trainer's own."""
+        return self.optimizer.build(model, Rates(self.learning_rate, self.weight_decay, self.seed))
 
-class Tuner(Protocol):
-    @property
-    def name(self) -> str: ...
+    def companions(self, model: nn.Module) -> list[Companion]:
+        """What happens beside the steps. May hang hooks on `model`."""
+        return []
 
+    @abstractmethod
     def attach(self, backbone: PreTrainedModel, skeleton: Skeleton) -> None:
-        """Make what should learn trainable, and only that; may add modules in place."""
-        ...
+        """Make what should learn trainable, and only that; may add modules in place. New numbers come from torch's
+        global generator, which the caller has seeded."""
 
+    @abstractmethod
     def collect(self, backbone: PreTrainedModel, skeleton: Skeleton) -> Iterator[tuple[str, Tensor | Factors]]:
-        """Canonical name and new value of every parameter that learned."""
-        ...
+        """Canonical name and new value of every parameter that learned. May merge adapters into `backbone`."""
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()

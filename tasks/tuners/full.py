@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +17,13 @@ from tasks.tuners.base import Factors, Training
 @dataclass(frozen=True, kw_only=True)
 class Full(Training):
     """`weights`: `all` parameters, or `linear` layers' weights alone, which merges better at equal accuracy."""
+
+    source: ClassVar[str] = "common practice"
+    library: ClassVar[str] = "transformers"
+    trains: ClassVar[str] = "weights of linear layers, or all parameters"
+    stored: ClassVar[str] = "whole weights"
+
+    shards: ClassVar[bool] = True
 
     name: Literal["full"] = "full"
     version: Literal[1] = 1

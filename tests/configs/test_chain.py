@@ -14,7 +14,9 @@ from configs.chain import PRESETS, dump_chain, load_chain, parse_chain, presets
 from configs.settings import Settings
 from storage.errors import InvalidInput
 from tasks.mergers import Opcm
+from tasks.optimizers import Galore
 from tasks.search import Search
+from tasks.tuners import Lora
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,11 +36,48 @@ def test_all_presets_are_there() -> None:
 
 def test_the_readmes_chain_is_valid() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    chain, lines = (yaml.safe_load(block) for block in blocks)
+    chain, tuners, lines = (yaml.safe_load(block) for block in blocks)
     config = parse_chain(chain)
     assert isinstance(config.lines[0].merger, Opcm)
     several = parse_chain({**chain, **lines})
     assert several.lines[-1].search == Search(factors=(0.5, 1.0, 1.5, 2.0))
+    lora, full = (parse_chain({**chain, **tuner}).tuner for tuner in tuners)
+    assert lora == Lora(rank=16, rslora=True, targets=("q_proj", "v_proj"), steps=500, learning_rate=2e-4)
+    assert full.optimizer == Galore(rank=128)
+
+
+@pytest.mark.parametrize(
+    ("tuner", "message"),
+    [
+        (
+            {"name": "lorra"},
+            "there is no 'lorra' .did you mean lora.*choices: full, lora, adalora, randlora",
+        ),
+        ({"name": "lora", "rnk": 3}, "rnk: there is no such field .did you mean rank"),
+        ({"name": "lora", "optimizer": {"name": "moun"}}, "there is no 'moun' .did you mean muon.*adamw, muon, galore"),
+        ({"name": "full", "optimizer": {"name": "muon", "rank": 3}}, "no such field; fields: name, version, momentum"),
+        ({"name": "full", "optimizer": {"name": "galore", "rank": 0}}, "galore: rank must be positive, found 0"),
+        ({"name": "full", "optimizer": {"name": "apollo", "per": "row"}}, "'row' is not one of 'channel' or 'tensor'"),
+        ({"name": "full", "schedule": "cos"}, "'cos' is not one of 'cosine', 'linear' or 'constant'"),
+        ({"name": "full", "clip": -1}, "clip must be 0 or more, found -1.0"),
+        ({"name": "full", "learning_rate": float("inf")}, "learning_rate must be positive"),
+        ({"name": "lora", "targets": []}, "targets must be a word or some names"),
+        ({"name": "lora", "targets": "q_proj"}, "'q_proj' is not one of 'all-linear', 'all-conv' or 'all'"),
+        ({"name": "lora", "ratio": 0.5}, "ratio must be 1 or more, found 0.5"),
+        ({"name": "lora", "ratio": 2, "optimizer": {"name": "muon"}}, "ratio must be 1 with optimizer 'muon'"),
+        ({"name": "adalora", "initial": 8, "rank": 8}, "initial must be more than rank, 8, found 8"),
+        ({"name": "adalora", "hold": 0.6, "settle": 0.6}, "hold and settle must be less than all steps together"),
+        ({"name": "randlora", "projection_seed": -1}, "projection_seed must be 0 or more"),
+        ({"name": "osf", "keep": 1.0}, r"keep must be in \(0, 1\), found 1.0"),
+        (
+            {"name": "shira", "optimizer": {"name": "muon"}},
+            "optimizer must be adamw: entries that learn are",
+        ),
+    ],
+)
+def test_a_tuner_that_cannot_be_is_refused_before_anything_runs(tuner: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        parse_chain({**smoke(), "tuner": tuner})
 
 
 def test_a_wrong_field_of_a_search_is_named() -> None:

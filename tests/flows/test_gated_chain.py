@@ -183,6 +183,8 @@ def test_a_gate_that_lets_nobody_in_says_so() -> None:
     suite = ImageClassification(Digits(limit=50), ClassMeans())
     config = gated(None, "leave_out", retained=1.0, abilities=(Ability("upright", suite),))
     lost = replace(config.tasks[0], tuner=replace(config.tasks[0].tuner, learning_rate=1.0))  # type: ignore[type-var]
-    with pytest.raises(InvalidInput, match=r"left out every update: .* of the base's ability is left, asked is 100.0 %"):
+    with pytest.raises(
+        InvalidInput, match=r"left out every update: .* of the base's ability is left, asked is 100.0 %"
+    ):
         chain(replace(config, tasks=(lost,)))
     assert not Line(here().store.objects, "smoke-average").history()

@@ -16,7 +16,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import InvalidInput, Mismatch
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
-from tasks.checkpoints import load_model
+from tasks.checkpoints import HISTORY, load_model
 from tasks.data import Jsonl
 from tasks.evaluate import evaluate, leading
 from tasks.fine_tune import fine_tune
@@ -194,3 +194,13 @@ def test_long_texts_are_cut_to_what_the_base_reads(suite: TextClassification, tm
     assert problem.check(ROWS, "train")["cut"] == sum(len(str(row["text"]).split()) > 4 for row in ROWS) > 0
     assert problem.collate(ROWS)["input_ids"].shape[1] == 6
     problem.score(load_model(store.open(short)), "cpu", quiet)
+
+
+def test_accumulated_batches_are_averaged(bert: CheckpointRef, suite: TextClassification, store: ArtifactStore) -> None:
+    """The Trainer takes a module with free arguments for one that divides its loss itself."""
+    losses = []
+    for batch, accumulate in ((16, 1), (4, 4)):
+        tuner = Full(steps=3, batch=batch, accumulate=accumulate, learning_rate=1e-3)
+        history = json.loads(store.open(fine_tune(bert, "subject", suite, tuner, store)).asset(HISTORY))
+        losses.append([point["loss"] for point in history])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # dropout is drawn otherwise
