@@ -197,7 +197,7 @@ class _Nowhere(dict[str, Tensor]):
 
 
 class Loop(Trainer):
-    """The Trainer, with the optimizer of a tuner, which shows its watcher every loss: one of the `world`'s processes."""
+    """The Trainer with a tuner's optimizer, which shows its watcher every loss. One of the processes of `world`."""
 
     optimizer: Optimizer | None
 

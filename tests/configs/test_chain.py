@@ -36,7 +36,7 @@ def test_all_presets_are_there() -> None:
 
 def test_the_readmes_chain_is_valid() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    chain, tuners, lines = (yaml.safe_load(block) for block in blocks)
+    chain, tuners, lines, retained = (yaml.safe_load(block) for block in blocks)
     config = parse_chain(chain)
     assert isinstance(config.lines[0].merger, Opcm)
     several = parse_chain({**chain, **lines})
@@ -44,6 +44,7 @@ def test_the_readmes_chain_is_valid() -> None:
     lora, full = (parse_chain({**chain, **tuner}).tuner for tuner in tuners)
     assert lora == Lora(rank=16, rslora=True, targets=("q_proj", "v_proj"), steps=500, learning_rate=2e-4)
     assert full.optimizer == Galore(rank=128)
+    assert parse_chain({**chain, **retained}).retained[0].name == "upright"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,11 @@ def test_the_readmes_chain_is_valid() -> None:
         ({"name": "adalora", "initial": 8, "rank": 8}, "initial must be more than rank, 8, found 8"),
         ({"name": "adalora", "hold": 0.6, "settle": 0.6}, "hold and settle must be less than all steps together"),
         ({"name": "randlora", "projection_seed": -1}, "projection_seed must be 0 or more"),
+        ({"name": "osf", "processes": 2, "sharding": "fsdp"}, "must be none with tuner 'osf' and optimizer 'adamw'"),
+        (
+            {"name": "full", "processes": 2, "sharding": "fsdp", "optimizer": {"name": "muon"}},
+            "sharding must be none with tuner 'full' and optimizer 'muon', found 'fsdp'",
+        ),
         ({"name": "osf", "keep": 1.0}, r"keep must be in \(0, 1\), found 1.0"),
         (
             {"name": "shira", "optimizer": {"name": "muon"}},
