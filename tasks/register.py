@@ -20,14 +20,15 @@ def register(
     line: str,
     entries: Sequence[Entry],
     model: CheckpointRef,
-    scores: ScoresRef,
-    summary: Summary,
+    scores: ScoresRef | None,
+    summary: Summary | None,
     store: ArtifactStore,
     registry: Registry,
 ) -> ModelVersion:
     """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
 
-    `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line.
+    `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line. What
+    came without data to evaluate it on has neither.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -43,15 +44,15 @@ def register(
         "updates": " ".join(short(one.update) for one in entries if one.update),
         "tasks": " ".join(one.task for one in entries),
         "state": entry.state,
-        "scores": scores,
+        **({"scores": scores} if scores else {}),
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
     }
     if entry.factor != 1:
         tags["factor"] = f"{entry.factor:g}"
-    numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
+    numbers = {name: value for name, value in (summary.__dict__ if summary else {}).items() if value is not None}
     stages = _stages(store, entry, model, scores)
-    accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
+    accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries)
     return registry.register(experiment, key, step, stages, store.address(model), _describe(entries, summary))
@@ -64,8 +65,11 @@ def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry]) -> str:
     return digest(canonical([store.url, line, entry.number, entry.state, *scaled]))
 
 
-def _describe(entries: Sequence[Entry], summary: Summary) -> str:
+def _describe(entries: Sequence[Entry], summary: Summary | None) -> str:
     """The sentence that opens the page of a version."""
+    if summary is None:
+        tasks = " + ".join(entry.task for entry in entries)
+        return f"{tasks}, merged one by one with {entries[-1].merger['name']}: not evaluated"
     forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
     merged = " + ".join(entry.task for entry in entries)
     return (
@@ -74,12 +78,14 @@ def _describe(entries: Sequence[Entry], summary: Summary) -> str:
     )
 
 
-def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef) -> list[Stage]:
+def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef | None) -> list[Stage]:
     assert entry.update is not None and entry.state is not None
     update = store.open(entry.update, "update")
     inputs = update.manifest.lineage.inputs
     chain = [inputs.get("tuned"), inputs.get("update"), entry.update, entry.state, model]
     stages = [_stage(store.open(ref)) for ref in chain if ref]
+    if scores is None:
+        return stages
     rows = read_scores(store.open(scores, "scores"))
     metrics = {row.task if row.metric == "accuracy" else f"{row.task}.{row.metric}": row.value for row in rows}
     return [*stages, Stage("evaluate", scores, {"model": model}, metrics)]
