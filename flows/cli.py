@@ -38,6 +38,7 @@ from flows.terminal import (
 )
 from flows.transfer_commands import copy, line_export, line_import, mirror
 from flows.verify_command import verify
+from flows.watch_command import watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,7 +103,7 @@ for _command in (codecs, compress, inspect, similarity, merge, export):
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)
-for _work, _called in ((submit, "submit"), (merge_pending, "merge-pending")):
+for _work, _called in ((submit, "submit"), (merge_pending, "merge-pending"), (watch, "watch")):
     app.command(_called, rich_help_panel=_SERVICE)(_work)
 for _called, _one in (
     ("open", line_open),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +60,7 @@ def submit(
         from storage.lines import Line
         from storage.queue import Queue
         from storage.refs import CheckpointRef, parse_ref, short
+        from tasks.inbox import task_name
         from tasks.intake import intake_of
 
         journal, queue = Line(place.store.objects, line), Queue(place.store.objects, line)
@@ -68,7 +68,7 @@ def submit(
         if base is not None and (found := place.store.resolve(base)) != head.base:
             raise Mismatch(f"the base of line {line!r}", expected=short(parse_ref(found)), found=short(head.base))
         intake_of(queue, journal, place.store)
-        name = _task(task or Path(path.rstrip("/")).name)
+        name = task_name(task or Path(path.rstrip("/")).name)
         one, is_new = _submitted(place, queue, path, CheckpointRef(head.base), name, weight)
         if not is_new:
             console.print(f"nothing to do: line {line} has this content already, as {one.task!r}, {one.state}")
@@ -155,11 +155,6 @@ def _folder(path: str) -> Path:
     from tasks.ingest import Checkpoint, locate
 
     return locate(Checkpoint(source=path)).absolute()
-
-
-def _task(name: str) -> str:
-    """A name as journals have them; folders are called all kinds of things."""
-    return re.sub(r"[^A-Za-z0-9_.\-]+", "-", name).strip("-.") or "submission"
 
 
 def _told(queue: Queue) -> bool:

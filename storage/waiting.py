@@ -33,7 +33,7 @@ class Waiting:
 
 
 def waiting(line: str, submissions: Sequence[Submission], now: datetime | None = None) -> Waiting:
-    found = Counter(one.state for one in submissions)
+    found: Counter[str] = Counter(one.state for one in submissions)
     open_ = [one for one in submissions if one.state in ("pending", "running")]
     moment = now or datetime.now(UTC)
     ages = [(moment - datetime.fromisoformat(one.arrived)).total_seconds() for one in open_]

@@ -64,7 +64,7 @@ def _here(place: ObjectStore, offer: Offer, content: str, reference: str) -> Ite
                     seen.update(piece)
                     file.write(piece)
             digests[name] = seen.hexdigest()
-        _check(fingerprint_of(digests), content, reference)
+        _check(fingerprint_of(offer, digests), content, reference)
         yield Path(folder)
 
 

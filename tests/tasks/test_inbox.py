@@ -63,6 +63,24 @@ def test_a_file_that_still_grows_is_not_complete(models: Path, tmp_path: Path) -
     assert only(inbox).signature != before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_settings_that_are_still_written_are_not_complete(name: str, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "sharded", tmp_path / "run")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    inbox = DirectoryObjects(tmp_path)
+    assert lacking(inbox, only(inbox)) == f"the end of {name}"
+
+
+def test_shards_say_by_their_names_how_many_there_are(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "sharded", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors.index.json").write_text("{")
+    last = max(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    (tmp_path / "run" / last).unlink()
+    inbox = DirectoryObjects(tmp_path)
+    assert lacking(inbox, only(inbox)) == last
+
+
 def test_a_marker_speaks_for_all_until_something_newer_comes(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "single", tmp_path / "run", copy_function=shutil.copy)
     (tmp_path / "run" / "config.json").unlink()
@@ -98,7 +116,7 @@ def test_offers_are_folders_with_weights_at_any_depth(models: Path, tmp_path: Pa
     ]
 
 
-def test_the_content_is_what_an_ingest_reads(models: Path, tmp_path: Path) -> None:
+def test_the_content_is_its_weights(models: Path, tmp_path: Path) -> None:
     inbox = DirectoryObjects(tmp_path)
     for place in ("a", "b"):
         shutil.copytree(models / "single", tmp_path / place)
@@ -107,7 +125,10 @@ def test_the_content_is_what_an_ingest_reads(models: Path, tmp_path: Path) -> No
     (tmp_path / "b" / "_SUCCESS").touch()
     first, second = offers(inbox)
     assert fingerprint(inbox, first) == fingerprint(inbox, second)
-    (tmp_path / "b" / "chat_template.jinja").write_text("x")
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    assert fingerprint(inbox, first) == fingerprint(inbox, offers(inbox)[1])
+    file = tmp_path / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
     assert fingerprint(inbox, first) != fingerprint(inbox, offers(inbox)[1])
 
 
@@ -122,8 +143,9 @@ def test_receive_holds_the_files_against_what_was_submitted(models: Path, tmp_pa
     for place in (str(tmp_path / "run"), f"{s3_url}/inbox/run"):
         assert receive(content, place, BASE, store) == wanted
     assert receive(content, wanted, BASE, store) == wanted
-    bucket.put("config.json", b"{}")
-    (tmp_path / "run" / "config.json").write_text("{}")
+    shard = next(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    bucket.put(shard, b"something else")
+    (tmp_path / "run" / shard).write_bytes(b"something else")
     for place in (str(tmp_path / "run"), f"{s3_url}/inbox/run"):
         with pytest.raises(Mismatch, match="those that were submitted"):
             receive(content, place, BASE, store)
