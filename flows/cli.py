@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flows.codec_commands import codecs, compress
+from flows.deploy_command import deploy
 from flows.export_command import export
 from flows.inspect_command import inspect
 from flows.line_commands import line_app
@@ -37,6 +38,7 @@ from flows.terminal import (
     open_workplace,
 )
 from flows.transfer_commands import copy, line_export, line_import, mirror
+from flows.up_command import up
 from flows.verify_command import verify
 from flows.watch_command import watch
 
@@ -66,6 +68,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   deltaworks export demo-opcm ./model   a folder for from_pretrained
 
   deltaworks submit ./tuned --line NAME  into a line's queue; merge-pending
+
+  deltaworks up --inbox NAME=./inbox    servers, worker, watcher, in one command
 
   deltaworks ui                         versions in MLflow, runs in Prefect
 
@@ -103,7 +107,13 @@ for _command in (codecs, compress, inspect, similarity, merge, export):
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)
-for _work, _called in ((submit, "submit"), (merge_pending, "merge-pending"), (watch, "watch")):
+for _called, _work in (
+    ("submit", submit),
+    ("merge-pending", merge_pending),
+    ("watch", watch),
+    ("deploy", deploy),
+    ("up", up),
+):
     app.command(_called, rich_help_panel=_SERVICE)(_work)
 for _called, _one in (
     ("open", line_open),
@@ -215,3 +225,7 @@ def ui(
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

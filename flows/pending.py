@@ -11,17 +11,19 @@ import os
 import socket
 from dataclasses import dataclass
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from flows import notices, steps
 from flows.policy import run_now
 from flows.workplace import here
+from storage.address import open_objects
 from storage.errors import Conflict, DeltaworksError, InvalidInput, Mismatch
 from storage.events import Submission
 from storage.lines import Entry, Fold, Line
 from storage.queue import Queue
-from storage.refs import CheckpointRef, UpdateRef, short
+from storage.refs import CheckpointRef, UpdateRef, parse_ref, short
+from tasks.inbox import fingerprint, offer_at, task_name
 from tasks.intake import Intake, intake_of
 from tasks.recipe import Recipe
 from tasks.register import step_key
@@ -41,19 +43,26 @@ class Folded:
     versions: tuple[int, ...] = ()
 
 
-@flow(name="merge-pending", flow_run_name="{line}")
-def merge_pending(line: str, at_most: int | None = None) -> Folded:
-    """Merge what waits in the queue of a line, oldest first, and register a version for each merge.
-
-    Args:
-        line: Name of the line, such as demo-opcm. It must exist.
-        at_most: End after so many submissions, and leave the others to the next run.
-    """
-    return work_off(line, at_most)
+def take_in(reference: str, line: str, base: str = "", content: str = "", task: str = "", weight: float = 1.0) -> None:
+    """Queue a checkpoint unless it is queued. What is empty is found out: the line's base, the digest, the name."""
+    objects = here().store.objects
+    queue, head = Queue(objects, line), Line(objects, line).head()
+    if not content and reference.startswith("checkpoint/"):
+        content = parse_ref(reference, "checkpoint").partition("/")[2]
+    if not content:
+        place = open_objects(reference)
+        content = fingerprint(place, offer_at(place))
+    tuned_from = CheckpointRef(parse_ref(base or head.base, "checkpoint"))
+    name = task_name(task or reference.rstrip("/").rpartition("/")[2])
+    one, is_new = queue.submit(content, reference, tuned_from, name, weight)
+    get_run_logger().info("line %s: %s is %s", line, one.task, "queued" if is_new else one.state)
 
 
 def work_off(line: str, at_most: int | None = None) -> Folded:
-    """What `merge_pending` does, inside whichever flow calls it."""
+    """Merge what waits, oldest first, and register a version for each merge. Inside whichever flow calls it.
+
+    at_most: end after so many submissions, and leave the others to the next run.
+    """
     place = here()
     queue, journal = Queue(place.store.objects, line), Line(place.store.objects, line)
     journal.head()  # a line that does not exist is said at once

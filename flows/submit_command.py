@@ -107,7 +107,7 @@ def merge_pending(
         server = embedded_prefect(place)
         from flows import progress
         from flows.board import Board
-        from flows.pending import merge_pending as flow
+        from flows.service import merge_pending as flow
         from flows.tables import journal_table
         from storage.queue import Queue
 

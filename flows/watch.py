@@ -1,12 +1,10 @@
-"""Watching an inbox: look, queue, tell Prefect, wait. A flow for a deployment; the command is in watch_command.py."""
+"""Watching an inbox: look, queue, tell Prefect, wait. The flow is in service.py, the command in watch_command.py."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-
-from prefect import flow, get_run_logger
 
 from flows.notices import announce_waiting
 from flows.workplace import here
@@ -16,20 +14,7 @@ from storage.lines import Line
 from tasks.watch import Looked, Watch
 
 Say = Callable[[str], None]
-
-
-@flow(name="watch", flow_run_name="{line}")
-def watch(source: str, line: str, every: float = 5.0, minutes: float = 55.0) -> int:
-    """Watch an inbox for complete new checkpoints, queue them for a line and send the events that start their merging.
-
-    Args:
-        source: The inbox: s3://bucket/inbox, or a folder that the worker sees.
-        line: Name of the line that they are merged into. It must exist.
-        every: Seconds from one look to the next.
-        minutes: End after so long, so that the next scheduled run takes over; 0 looks until nothing changes.
-    """
-    log = get_run_logger()
-    return keep_watching(source, line, every, log.info, lasting=60 * minutes, once=minutes == 0)
+_SOON = 1.0  # seconds to the second look at what came: whoever still writes is seen by then
 
 
 def keep_watching(source: str, line: str, every: float, say: Say, *, lasting: float | None, once: bool) -> int:
@@ -39,6 +24,7 @@ def keep_watching(source: str, line: str, every: float, say: Say, *, lasting: fl
     answer is waited for.
     """
     place = here()
+    pause = every
     Line(place.store.objects, line).head()  # a line that does not exist is said at once
     found = Watch(open_objects(source), line, place.store)
     said: dict[str, str] = {}
@@ -53,6 +39,7 @@ def keep_watching(source: str, line: str, every: float, say: Say, *, lasting: fl
                 announce_waiting(found.queue)
             if once and looked.is_settled:
                 return queued
+            pause = every if looked.is_settled else min(every, _SOON)
         except Unavailable as error:
             if once:
                 raise
@@ -61,7 +48,7 @@ def keep_watching(source: str, line: str, every: float, say: Say, *, lasting: fl
             said.pop("", None)
         if end is not None and not once and time.monotonic() + every > end:
             return queued
-        time.sleep(max(0.0, every - (time.monotonic() - start)))
+        time.sleep(max(0.0, pause - (time.monotonic() - start)))
 
 
 def _report(looked: Looked, said: dict[str, str], say: Say) -> None:

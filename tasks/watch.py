@@ -36,11 +36,11 @@ class Looked:
 
     @property
     def is_settled(self) -> bool:
-        """Whether another look could find nothing without anything being written."""
+        """Whether a second look would find nothing more, unless something is written."""
         return CHANGING not in self.waiting.values()
 
 
-CHANGING = "to look the same a second time"
+CHANGING = "a second look"
 
 
 class Watch:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import pending
 from flows.notices import QUARANTINED, announce_waiting
-from flows.pending import Folded, merge_pending
+from flows.pending import Folded
+from flows.service import merge_pending
 from flows.workplace import here
 from storage.errors import Missing, Unavailable
 from storage.lines import Line
@@ -33,6 +34,10 @@ from tasks.mergers import Opcm
 from tasks.recipe import Recipe
 from tests.builders import memory_store, perturbed
 from tests.flows.arrivals import BAD, INTAKE, LINE, MODEL, open_line, submit, tuned
+
+# the libraries are imported once, by a process that has no threads when it forks
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([__name__])
 
 pytestmark = [pytest.mark.usefixtures("prefect_server", "home"), pytest.mark.filterwarnings("ignore:.*is_gradient")]
 
@@ -210,8 +215,9 @@ DEATHS = [f"{when} {step}" for step in ("receive", "extract", "compress", "merge
               for when in ("before", "after")]  # fmt: skip
 
 
-def dying(death: str) -> None:
+def dying(death: str, home: str, api: str) -> None:
     """Merge what waits, and be killed there."""
+    os.environ["DELTAWORKS_HOME"] = home
     when, _, step = death.partition(" ")
     run_now = pending.run_now
 
@@ -225,24 +231,26 @@ def dying(death: str) -> None:
         return found
 
     pending.run_now = deadly
-    merge_pending(LINE)
+    with temporary_settings({PREFECT_API_URL: api}):
+        merge_pending(LINE)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_every_step_goes_on(base: CheckpointRef, tmp_path: Path) -> None:
+def test_a_run_killed_at_every_step_goes_on(base: CheckpointRef, tmp_path: Path, tables: Path) -> None:
     """Each death in a store of its own; a second run ends what the first began."""
-    context = multiprocessing.get_context("spawn")
     wanted = by_hand(tmp_path, [1, 2, 3])
     api = PREFECT_API_URL.value()
     assert api
     for number, death in enumerate(DEATHS):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DELTAWORKS_HOME", str(tmp_path / f"home-{number}"))
-            patch.setenv("PREFECT_API_URL", api)
+            home = tmp_path / f"home-{number}"
+            home.mkdir()
+            shutil.copy(tables, home)
+            patch.setenv("DELTAWORKS_HOME", str(home))
             open_line(tmp_path / f"again-{number}")
             for seed, name in enumerate(("one", "two", "three"), 1):
                 submit(tuned(tmp_path / "inbox" / name, seed), base)
-            process = context.Process(target=dying, args=(death,))
+            process = _SERVER.Process(target=dying, args=(death, str(home), api))
             process.start()
             process.join()
             assert process.exitcode == -signal.SIGKILL, death
@@ -261,8 +269,6 @@ def test_events_are_posted_once_and_again_after_an_outage(
     base: CheckpointRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(tuned(tmp_path / "told", 1), base)
-    from prefect.settings import temporary_settings
-
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(Unavailable, match="'told'"):
         announce_waiting(queue())
     assert announce_waiting(queue()) == 1

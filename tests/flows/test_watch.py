@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from flows import watch as watching
 from flows.cli import app
-from flows.watch import keep_watching, watch
+from flows.service import watch
+from flows.watch import keep_watching
 from flows.watch_command import seconds
 from flows.workplace import here
 from storage.errors import InvalidInput, Missing, Unavailable
