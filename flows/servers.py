@@ -100,7 +100,7 @@ def start_worker(settings: Settings, api: str, pool: str, limit: int) -> Server:
     port = free_port()
     environment = {
         **_service(settings, api),
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK,
         "PREFECT_WORKER_WEBSERVER_PORT": str(port),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # what tells a run whose process is gone from one that is slow
