@@ -9,6 +9,7 @@ import typer
 
 from flows.schedules import schedules
 from flows.terminal import called, console, errors_explained, open_workplace
+from flows.watch_command import seconds
 from storage.errors import InvalidInput, Missing, Unavailable
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def deploy(
         str, typer.Option(metavar="CRON|never", help="Verify the store, and count what could go.")
     ] = "0 3 * * 0",
     zone: Annotated[str, typer.Option(metavar="ZONE", help="Time zone of the schedules, like Europe/Berlin.")] = "UTC",
+    start_within: Annotated[
+        str, typer.Option(metavar="TIME", help="Give up a run that a worker took, if it has not begun by then.")
+    ] = "2m",
 ) -> None:
     """Register the flows in Prefect: parameters, schedules, what an event starts, and one merge at a time for a line.
 
@@ -51,7 +55,7 @@ def deploy(
     Examples:  deltaworks deploy --line support --inbox support=s3://models/inbox --zone Europe/Berlin
     """
     with errors_explained():
-        when = schedules(merge_every, tidy_at, zone)
+        when, patience = schedules(merge_every, tidy_at, zone), seconds(start_within)
         if not os.environ.get("PREFECT_API_URL"):
             raise InvalidInput(
                 "PREFECT_API_URL is not set, and deployments belong to a Prefect server",
@@ -59,7 +63,7 @@ def deploy(
             )
         place = open_workplace()
         lines, inboxes = chosen(place, line or [], inbox or [])
-        plans = registered(lines, inboxes, when, pool)
+        plans = registered(lines, inboxes, when, pool, patience)
         table(plans)
         console.print(f"next: prefect worker start --pool {pool} --type process    on a machine that sees the store")
 
@@ -81,8 +85,10 @@ def chosen(place: Workplace, lines: Sequence[str], inboxes: Sequence[str]) -> tu
     return wanted, watched
 
 
-def registered(lines: Sequence[str], inboxes: Mapping[str, str], when: When, pool: str) -> list[Planned]:
-    """Register them, with the pool, the queues and the automation that ends runs whose process is gone."""
+def registered(
+    lines: Sequence[str], inboxes: Mapping[str, str], when: When, pool: str, start_within: float = 120.0
+) -> list[Planned]:
+    """Register them, with the pool, the queues and the automations that end runs whose process is gone."""
     from prefect.client.orchestration import get_client
 
     from flows.deployments import end_zombies, ensure_pool, ensure_queues, planned, register
@@ -92,7 +98,7 @@ def registered(lines: Sequence[str], inboxes: Mapping[str, str], when: When, poo
         with get_client(sync_client=True) as client:
             ensure_pool(client, pool)
             ensure_queues(client, pool, lines)
-            end_zombies(client)
+            end_zombies(client, start_within)
         register(plans, pool)
     except OSError as error:
         raise Unavailable(f"Prefect at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 GENERAL = "store"  # the name of deployments that belong to no line
 _LOOKS = timedelta(hours=1)  # from one scheduled watch to the next; each ends shortly before
 _ALONE: Mapping[str, Any] = {"limit": 1, "collision_strategy": "ENQUEUE"}
+_ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+_BEGINS = {
+    f"prefect.flow-run.{state}"
+    for state in ("Running", "Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry", "Cancelling", "Paused")
+}
 # what an event says, as parameters of the run that it starts; numbers go as JSON, or they would arrive as texts
 _FROM_EVENT = {
     **{name: f"{{{{ event.payload.{name} }}}}" for name in ("reference", "line", "base", "content", "task")},
@@ -150,29 +155,54 @@ def ensure_queues(client: SyncPrefectClient, pool: str, lines: Sequence[str]) ->
             client.create_work_queue(queue_of(line), work_pool_name=pool, concurrency_limit=1)
 
 
-def end_zombies(client: SyncPrefectClient, patience: float = 90.0) -> None:
-    """An automation that ends runs whose process is gone: without it they stay `Running`, and hold their line.
+def end_zombies(client: SyncPrefectClient, start_within: float) -> None:
+    """Automations that end runs whose process is gone: they would stay `Pending` or `Running`, and hold their line.
 
-    Every run sends a heartbeat every 30 s if its worker has PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
+    Every run sends a heartbeat every 30 s if its worker has PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30; one that does not
+    begin within `start_within` seconds of being handed to a worker is given up too.
     """
+    gone = _zombies("without a heartbeat", {"prefect.flow-run.heartbeat"}, {"prefect.flow-run.heartbeat", *_ENDS}, 90.0)
+    never = _zombies("that never began", {"prefect.flow-run.Pending"}, {*_BEGINS, *_ENDS}, start_within)
+    for wanted in (gone, never):
+        known = client.read_automations_by_name(wanted.name)
+        if not known:
+            client.create_automation(wanted)
+        elif known[0].trigger.within != wanted.trigger.within:  # type: ignore[union-attr]
+            client.update_automation(known[0].id, wanted)  # only then: it forgets the heartbeats that it has seen
+
+
+def give_up_lost(client: SyncPrefectClient, pool: str) -> int:
+    """End the runs that a pool left behind when the machine went down: for a server whose only workers went with it.
+    Returns how many there were."""
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+    from prefect.states import Crashed
+
+    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
+    lost = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": states}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}),
+    )
+    for run in lost:
+        client.set_flow_run_state(run.id, Crashed(message="The machine that it ran on went down"))
+    return len(lost)
+
+
+def _zombies(which: str, after: set[str], expect: set[str], patience: float) -> Any:
+    """What ends a run if none of the events `expect` has come so many seconds `after`."""
     from prefect.events import EventTrigger
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, Posture
 
-    name = "deltaworks: end runs without a heartbeat"
-    ends = ("Completed", "Failed", "Cancelled", "Crashed")
-    wanted = AutomationCore(
-        name=name,
+    return AutomationCore(
+        name=f"deltaworks: end runs {which}",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)},
+            after=after,
+            expect=expect,
             match={"prefect.resource.id": "prefect.flow-run.*"},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=patience),
         ),
-        actions=[ChangeFlowRunState(state="CRASHED", message="Its process sent no heartbeat any more")],
+        actions=[ChangeFlowRunState(state="CRASHED", message="Its process is gone")],
     )
-    if not client.read_automations_by_name(name):
-        client.create_automation(wanted)

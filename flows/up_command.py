@@ -55,6 +55,8 @@ def up(
         try:
             api = _servers(place.settings, host, (prefect_port, mlflow_port), children)
             table(registered(lines, {}, when, pool))
+            if "Prefect" in children:  # a server of our own: what ran last time ended with it
+                _give_up_lost(pool)
             makers = _workers(place.settings, api, pool, limit, inboxes)
             for name, make in makers.items():
                 children[name] = make()
@@ -72,6 +74,17 @@ def up(
             for child in reversed(children.values()):
                 child.stop()
         console.print("stopped")
+
+
+def _give_up_lost(pool: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.deployments import give_up_lost
+
+    with get_client(sync_client=True) as client:
+        count = give_up_lost(client, pool)
+    if count:
+        console.print(f"{count} runs of the last time never came to an end: what they left is taken up again")
 
 
 def _servers(settings: Settings, host: str, ports: tuple[int, int], children: dict[str, Server]) -> str:

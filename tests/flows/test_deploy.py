@@ -13,11 +13,12 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Pending, Running
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.deploy_command import registered
-from flows.deployments import planned
+from flows.deployments import give_up_lost, planned
 from flows.notices import announce_waiting
 from flows.pending import take_in
 from flows.schedules import When
@@ -94,7 +95,8 @@ def test_the_command_registers_what_a_line_needs(tmp_path: Path) -> None:
     assert len(automations("alpha")) == 1
     with get_client(sync_client=True) as client:
         assert client.read_work_queue_by_name("line-alpha", "pool-a").concurrency_limit == 1
-        assert len(client.read_automations_by_name("deltaworks: end runs without a heartbeat")) == 1
+        for which in ("without a heartbeat", "that never began"):
+            assert len(client.read_automations_by_name(f"deltaworks: end runs {which}")) == 1
 
 
 @pytest.mark.usefixtures("api")
@@ -144,6 +146,24 @@ def await_runs(flow: str, deployment: str, patience: float = 40) -> list[dict[st
         wanted = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [deployment]}}}
         found = ask("/flow_runs/filter", wanted)
     return found
+
+
+def test_runs_of_a_machine_that_went_down_are_ended(api: str) -> None:
+    """What waits is left alone, and so is what another pool runs."""
+    registered(["zeta"], {}, When(merge_every=None, tidy_at=None), "pool-c")
+    registered(["eta"], {}, When(merge_every=None, tidy_at=None), "pool-d")
+    with get_client(sync_client=True) as client:
+        runs = []
+        for name, state in (("zeta", Running()), ("zeta", Pending()), ("zeta", None), ("eta", Running())):
+            deployment = client.read_deployment_by_name(f"rebuild-line/{name}")
+            run = client.create_flow_run_from_deployment(deployment.id)
+            if state is not None:
+                client.set_flow_run_state(run.id, state, force=True)
+            runs.append(run.id)
+        assert give_up_lost(client, "pool-c") == 2
+        assert give_up_lost(client, "pool-c") == 0
+        found = [client.read_flow_run(one).state_type.value for one in runs]  # type: ignore[union-attr]
+    assert found == ["CRASHED", "CRASHED", "SCHEDULED", "RUNNING"]
 
 
 def test_infra_says_the_same(api: str, tmp_path: Path) -> None:
