@@ -14,16 +14,20 @@ import typer
 
 from flows.champion_commands import champions, promote, rollback
 from flows.codec_commands import codecs, compress
+from flows.deploy_command import deploy
 from flows.export_command import export
 from flows.inspect_command import inspect
 from flows.line_commands import line_app
 from flows.line_fold import line_fold
+from flows.line_open import line_open
 from flows.merge_command import merge
+from flows.queue_commands import line_discard, line_policy, line_requeue, line_status
 from flows.report_commands import report_app
 from flows.room_commands import du, pin, pins, prune, unpin
 from flows.series_commands import series_app
 from flows.similarity_command import similarity
 from flows.store_command import store_app
+from flows.submit_command import merge_pending, submit
 from flows.table_command import table
 from flows.terminal import (
     Memory,
@@ -37,7 +41,9 @@ from flows.terminal import (
 )
 from flows.transfer_commands import copy, line_export, line_import, mirror
 from flows.tuner_command import tuners
+from flows.up_command import up
 from flows.verify_command import verify
+from flows.watch_command import watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,6 +74,10 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 
   deltaworks export demo-opcm ./model   a folder for from_pretrained
 
+  deltaworks submit ./tuned --line NAME  into a line's queue; merge-pending
+
+  deltaworks up --inbox NAME=./inbox    servers, worker, watcher, in one command
+
   deltaworks ui                         versions in MLflow, runs in Prefect
 
   deltaworks du                         what takes the room, and prune
@@ -95,7 +105,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   DELTAWORKS_MEMORY    what they may take together (4GiB)
 """,
 )
-_UPDATES, _STORE = "Lines, updates and models", "The store"  # panels of --help; what runs things has its own, the first
+# panels of --help; what runs things has its own, the first
+_UPDATES, _STORE, _SERVICE = "Lines, updates and models", "The store", "As a service"
 app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
 app.add_typer(report_app, name="report")
@@ -104,6 +115,22 @@ for _command in (tuners, codecs, compress, inspect, similarity, merge, export, p
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)
+for _called, _work in (
+    ("submit", submit),
+    ("merge-pending", merge_pending),
+    ("watch", watch),
+    ("deploy", deploy),
+    ("up", up),
+):
+    app.command(_called, rich_help_panel=_SERVICE)(_work)
+for _called, _one in (
+    ("open", line_open),
+    ("status", line_status),
+    ("requeue", line_requeue),
+    ("discard", line_discard),
+    ("policy", line_policy),
+):
+    line_app.command(_called)(_one)
 line_app.command("fold")(line_fold)
 line_app.command("export")(line_export)
 line_app.command("import")(line_import)
@@ -206,3 +233,7 @@ def ui(
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,15 @@ def mergeability(
         picture = draw(findings, folder / f"{config.name}.png")
         words = [f"means over {len(config.seeds)} seeds" if config.seeds[1:] else f"seed {config.seeds[0]}", *WORDS]
         title = [f"# {config.name}", "", "Written by `deltaworks report mergeability`.", ""]
-        page = [*title, *markdown(findings), "", *(f"- {one}" for one in words), "", f"![{config.name}]({config.name}.png)", ""]
+        page = [
+            *title,
+            *markdown(findings),
+            "",
+            *(f"- {one}" for one in words),
+            "",
+            f"![{config.name}]({config.name}.png)",
+            "",
+        ]
         (folder / f"{config.name}.md").write_text("\n".join(page))
         (folder / f"{config.name}.parquet").write_bytes(write_rows(list(plain_rows(findings))))
         if as_json:

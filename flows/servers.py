@@ -1,4 +1,4 @@
-"""Servers as child processes, on loopback: Prefect for one run, and Prefect and MLflow for people to look at.
+"""Servers as child processes, on loopback: Prefect for one run, Prefect and MLflow for people to look at, and a worker.
 
 A child ends with its parent even if that is killed without warning; Prefect's own temporary server would stay.
 """
@@ -26,12 +26,12 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Server:
-    """A server process: starts at once, answers a little later."""
+    """A server process: starts at once, answers a little later; one without `health` has nothing to answer."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str], health: str, log: Path) -> None:
         self.name = name
         self._health = health
-        self._log = log
+        self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as output:
             self._child = subprocess.Popen(
@@ -51,14 +51,16 @@ class Server:
         start = time.monotonic()
         while time.monotonic() - start < _PATIENCE:
             if not self.running:
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-                raise Unavailable(f"the {self.name} server ended at once:\n{tail}\n", remedy=f"Its log is {self._log}")
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                raise Unavailable(f"the {self.name} server ended at once:\n{tail}\n", remedy=f"Its log is {self.log}")
+            if not self._health:
+                return
             try:
                 with urlopen(self._health, timeout=2):
                     return
             except (URLError, OSError):
                 time.sleep(0.1)
-        raise Unavailable(f"the {self.name} server did not answer in {_PATIENCE:.0f} s", remedy=f"Log: {self._log}")
+        raise Unavailable(f"the {self.name} server did not answer in {_PATIENCE:.0f} s", remedy=f"Log: {self.log}")
 
     def stop(self) -> None:
         self._child.terminate()
@@ -91,6 +93,36 @@ def start_mlflow(settings: Settings, host: str, port: int) -> Server:
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return Server("MLflow", command, environment, f"http://{host}:{port}/health", settings.home / "logs" / "mlflow.log")
+
+
+def start_worker(settings: Settings, api: str, pool: str, limit: int) -> Server:
+    """A worker of Prefect's: it runs deployed flows as processes of this machine, `limit` of them at once."""
+    port = free_port()
+    environment = {
+        **_service(settings, api),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK,
+        "PREFECT_WORKER_WEBSERVER_PORT": str(port),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # what tells a run whose process is gone from one that is slow
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+    }
+    command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
+    command += ["--name", f"deltaworks-{port}", "--with-healthcheck"]
+    log = settings.home / "logs" / "worker.log"
+    return Server("worker", command, environment, f"http://{LOOPBACK}:{port}/health", log)
+
+
+def start_watcher(settings: Settings, api: str, source: str, line: str) -> Server:
+    """A process that watches an inbox for a line, in which `deltaworks watch` runs."""
+    command = ["flows.cli", "watch", source, "--line", line]
+    return Server(
+        f"watcher of {source}", command, _service(settings, api), "", settings.home / "logs" / f"watch-{line}.log"
+    )
+
+
+def _service(settings: Settings, api: str) -> dict[str, str]:
+    """Where a process finds Prefect and the home, from whichever folder it starts."""
+    return {"PREFECT_API_URL": api, "DELTAWORKS_HOME": str(settings.home), "PYTHONUNBUFFERED": "1"}
 
 
 def free_port(host: str = LOOPBACK, wanted: int = 0) -> int:

@@ -15,6 +15,7 @@ import tasks.fine_tune
 import tasks.ingest
 import tasks.materialize
 import tasks.merge
+import tasks.receive
 import tasks.register
 import tasks.search
 from configs.chain import AnyBase, Task
@@ -44,6 +45,12 @@ def _report() -> Callable[[int, int, str], None]:
 @once(version=1)
 def ingest(spec: Checkpoint) -> CheckpointRef:
     return tasks.ingest.ingest(spec, here().store)
+
+
+@once(version=1)
+def receive(content: str, reference: str, base: CheckpointRef) -> CheckpointRef:
+    """`content` is the digest of the files: what else may come to lie at `reference` is another step."""
+    return tasks.receive.receive(content, reference, base, here().store)
 
 
 @once(version=1)
@@ -161,8 +168,8 @@ def register(
     line: str,
     entries: list[Entry],
     model: CheckpointRef,
-    scores: ScoresRef,
-    summary: Summary,
+    scores: ScoresRef | None = None,
+    summary: Summary | None = None,
     verdict: Verdict | None = None,
     left_out: bool = False,
 ) -> Any:

@@ -148,6 +148,12 @@ class Line:
         """The folds that made the head's state, or that of the older entry `until`, oldest first."""
         return history_of((one for one in self.entries() if until is None or one.number <= until), self.name)
 
+    def holding(self, update: UpdateRef) -> Entry | None:
+        """The first entry that ever merged `update`, whatever became of it since; None if none did."""
+        return next(
+            (one for one in self.entries() if update == one.update or any(update == f.update for f in one.folds)), None
+        )
+
     def _commit(self, entry: Entry) -> Entry:
         stamped = self._append(entry)
         if stamped is not None:

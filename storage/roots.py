@@ -1,15 +1,19 @@
-"""Roots: what people still want. The journals of lines and series and what their entries name; pins are in pins.py."""
+"""Roots: what people still want. The journals of lines, series and queues, and what their entries name; pins are in
+pins.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from storage.errors import Damaged, InvalidInput
+from storage.events import Submission
 from storage.lines import Entry, Line, history_of
 from storage.objects import ObjectStore
-from storage.refs import Ref
+from storage.queue import FOLDER, Queue
+from storage.refs import Ref, parse_ref
 from storage.series import Series, Version
 
 Read = TypeVar("Read")
@@ -81,7 +85,39 @@ class SeriesJournal:
         return {one.checkpoint for one in self.versions}
 
 
-AnyJournal = LineJournal | SeriesJournal
+@dataclass(frozen=True)
+class QueueJournal:
+    """One line's queue. What is not merged or given up yet is wanted, as far as it is in the store; and the base."""
+
+    name: str
+    submissions: tuple[Submission, ...]
+    events: int
+
+    def __len__(self) -> int:
+        return self.events
+
+    @property
+    def path(self) -> str:
+        return f"{FOLDER}/{self.name}"
+
+    def named(self) -> dict[str, list[Ref]]:
+        found = {}
+        for one in self.submissions:
+            if one.state in ("pending", "running", "quarantined"):
+                refs = [parse_ref(one.base)]
+                with suppress(InvalidInput):  # a folder, or an address elsewhere
+                    refs.append(parse_ref(one.reference))
+                found[f"queue of line {self.name!r}, {one.task!r}"] = refs
+        return found
+
+    def states(self) -> set[Ref]:
+        return set()
+
+    def refs(self, *, states: bool) -> set[Ref]:
+        return {ref for refs in self.named().values() for ref in refs}
+
+
+AnyJournal = LineJournal | SeriesJournal | QueueJournal
 
 
 @dataclass(frozen=True)
@@ -91,10 +127,11 @@ class Journals:
     lines: tuple[LineJournal, ...]
     series: tuple[SeriesJournal, ...] = ()
     problems: dict[str, str] = field(default_factory=dict)
+    queues: tuple[QueueJournal, ...] = ()
 
     @property
     def all(self) -> tuple[AnyJournal, ...]:
-        return (*self.lines, *self.series)
+        return (*self.lines, *self.series, *self.queues)
 
 
 def updates_of(entry: Entry) -> list[Ref]:
@@ -124,11 +161,18 @@ def read_series(objects: ObjectStore, name: str) -> SeriesJournal:
     return SeriesJournal(name, versions)
 
 
+def read_queue(objects: ObjectStore, name: str) -> QueueJournal:
+    """The same of a queue; a gap is Damaged when it is read."""
+    queue = Queue(objects, name)
+    return QueueJournal(name, tuple(queue.submissions()), queue.count)
+
+
 def read_journals(objects: ObjectStore) -> Journals:
     problems: dict[str, str] = {}
     lines = _readable(objects, "line", Line.names(objects), read_journal, problems)
     series = _readable(objects, "series", Series.names(objects), read_series, problems)
-    return Journals(tuple(lines), tuple(series), problems)
+    queues = _readable(objects, FOLDER, Queue.names(objects), read_queue, problems)
+    return Journals(tuple(lines), tuple(series), problems, tuple(queues))
 
 
 def _readable(

@@ -101,6 +101,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
             shards = {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
         except (ValueError, KeyError, AttributeError) as error:
             raise InvalidInput(f"{index} is not a shard index: {error!r}") from error
+        outside = sorted(path for path in shards.values() if path.parent != folder or path.name == "..")
+        if outside:
+            raise InvalidInput(f"{index} names a shard that is not a file of this folder: {outside[0]}")
         absent = sorted({path.name for path in shards.values() if not path.exists()})
         if absent:
             raise InvalidInput(f"{index} names shards that are not there: {', '.join(absent)}")

@@ -22,8 +22,8 @@ def register(
     line: str,
     entries: Sequence[Entry],
     model: CheckpointRef,
-    scores: ScoresRef,
-    summary: Summary,
+    scores: ScoresRef | None,
+    summary: Summary | None,
     store: ArtifactStore,
     registry: Registry,
     verdict: Verdict | None = None,
@@ -33,7 +33,7 @@ def register(
 
     `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line, and
     `verdict` what its gate says: whether this version is the new champion. `left_out`: the last entry did not enter
-    the line.
+    the line. What came without data to evaluate it on has no scores and no summary.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -49,7 +49,7 @@ def register(
         "updates": " ".join(short(one.update) for one in entries if one.update),
         "tasks": " ".join(one.task for one in entries),
         "state": entry.state,
-        "scores": scores,
+        **({"scores": scores} if scores else {}),
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
     }
@@ -60,11 +60,11 @@ def register(
         tags["external"] = "true"
     if entry.factor != 1:
         tags["factor"] = f"{entry.factor:g}"
-    numbers = {name: value for name, value in summary.__dict__.items() if value is not None}
+    numbers = {name: value for name, value in (summary.__dict__ if summary else {}).items() if value is not None}
     if verdict is not None:
         numbers |= {f"gate/{name}": value for name, value in verdict.facts.items()}
     stages = _stages(store, entry, model, scores)
-    accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()}
+    accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
     described = _describe(entries, summary, verdict, left_out)
@@ -82,8 +82,11 @@ def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry], left_out
     return digest(canonical([store.url, line, entry.number, entry.state, *scaled, *["left out"] * left_out]))
 
 
-def _describe(entries: Sequence[Entry], summary: Summary, verdict: Verdict | None, left_out: bool) -> str:
+def _describe(entries: Sequence[Entry], summary: Summary | None, verdict: Verdict | None, left_out: bool) -> str:
     """The sentences that open the page of a version."""
+    if summary is None:
+        tasks = " + ".join(entry.task for entry in entries)
+        return f"{tasks}, merged one by one with {entries[-1].merger['name']}: not evaluated"
     forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
     merged = " + ".join(entry.task for entry in entries)
     return (
@@ -107,12 +110,14 @@ def _start(store: ArtifactStore, update: str) -> str | None:
     return trained_from(lineage) if lineage else None
 
 
-def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef) -> list[Stage]:
+def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: ScoresRef | None) -> list[Stage]:
     assert entry.update is not None and entry.state is not None
     update = store.open(entry.update, "update")
     inputs = update.manifest.lineage.inputs
     chain = [inputs.get("tuned"), inputs.get("update"), entry.update, entry.state, model]
     stages = [_stage(store.open(ref)) for ref in chain if ref]
+    if scores is None:
+        return stages
     rows = read_scores(store.open(scores, "scores"))
     metrics = {row.task if row.metric == "accuracy" else f"{row.task}.{row.metric}": row.value for row in rows}
     return [*stages, Stage("evaluate", scores, {"model": model}, metrics)]

@@ -1,0 +1,57 @@
+"""`deltaworks watch`: an inbox that is looked at again and again, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+import typer
+
+from flows.terminal import called, console, errors_explained, open_workplace
+from storage.errors import InvalidInput
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def watch(
+    source: Annotated[str, typer.Argument(help="The inbox: s3://bucket/inbox, or a folder.")],
+    line: Annotated[str, typer.Option("--line", metavar="NAME", help="The line that checkpoints are queued for.")],
+    every: Annotated[str, typer.Option(metavar="TIME", help="From one look to the next: 5s, 500ms, 2m.")] = "5s",
+    once: Annotated[bool, typer.Option("--once", help="End when nothing is left that changes.")] = False,
+) -> None:
+    """Watch an inbox, and queue each complete new checkpoint once.
+
+    Complete is what looks the same at two looks and lacks none of the files that its index names, or has a file
+    _SUCCESS that is as new as the others. The same content again, or a restart, queues nothing twice.
+
+    With PREFECT_API_URL, the event deltaworks.checkpoint.created is sent for each, until Prefect has taken it.
+
+    Examples:  deltaworks watch s3://models/inbox --line support        deltaworks watch ./inbox --line support --once
+    """
+    with errors_explained():
+        pause = seconds(every)
+        open_workplace()
+        from flows.watch import keep_watching
+
+        if not os.environ.get("PREFECT_API_URL") and not once:
+            console.print(f"PREFECT_API_URL is not set: merge with {called()} merge-pending --line {line}")
+        console.print(f"watching {source} for line {line}, every {pause:g} s")
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, soft_wrap=True)
+
+        try:
+            count = keep_watching(source, line, pause, say, lasting=None, once=once)
+        except KeyboardInterrupt:
+            console.print("stopped")
+            return
+        console.print(f"{count} queued")
+
+
+def seconds(text: str) -> float:
+    """`5s`, `500ms` or `2m` in seconds; a plain number is seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise InvalidInput(f"{text!r} is no time", remedy="Write it like 5s, 500ms or 2m")
+    return float(found[1]) * _UNITS[found[2] or "s"]
