@@ -71,7 +71,9 @@ def ended(processes: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize(
     "tuner",
     [
-        replace(FULL, processes=2, sharding="fsdp", accumulate=2, validate_every=4),
+        pytest.param(
+            replace(FULL, processes=2, sharding="fsdp", accumulate=2, validate_every=4), marks=pytest.mark.slow
+        ),
         pytest.param(replace(FULL, processes=2, accumulate=2, validate_every=4), marks=pytest.mark.slow),
         pytest.param(replace(FULL, processes=3, sharding="fsdp", gradient_checkpointing=True), marks=pytest.mark.slow),
         pytest.param(replace(DROPOUT, dropout=0.0, steps=14, sharding="fsdp"), marks=pytest.mark.slow),
