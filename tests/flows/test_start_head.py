@@ -105,6 +105,7 @@ def test_the_first_task_is_that_of_a_chain_that_starts_at_the_base() -> None:
     assert head.prepared[1].update != base.prepared[1].update
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home", "count")
 def test_an_average_of_updates_against_the_base_is_that_of_the_models() -> None:
     outcome = chain(from_head(Average(), Dense()))
@@ -146,6 +147,7 @@ def test_an_update_against_its_start_holds_what_was_learned_there(codec: AnyCode
         assert set(ranks) == {4}  # LoRA's factors, exactly
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_longer_chain_trains_only_what_is_new(count: Count) -> None:
     config = load_chain("smoke")

@@ -72,7 +72,9 @@ def ended(processes: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize(
     "tuner",
     [
-        replace(FULL, processes=2, sharding="fsdp", accumulate=2, validate_every=4),
+        pytest.param(
+            replace(FULL, processes=2, sharding="fsdp", accumulate=2, validate_every=4), marks=pytest.mark.slow
+        ),
         pytest.param(replace(FULL, processes=2, accumulate=2, validate_every=4), marks=pytest.mark.slow),
         pytest.param(replace(FULL, processes=3, sharding="fsdp", gradient_checkpointing=True), marks=pytest.mark.slow),
         pytest.param(replace(DROPOUT, dropout=0.0, steps=14, sharding="fsdp"), marks=pytest.mark.slow),
@@ -107,10 +109,15 @@ store = ArtifactStore(DirectoryObjects(Path(sys.argv[1])))
 print(fine_tune(train_digits_base(BASE, store), "rot90", SUITE, KILLED[sys.argv[2]], store, log=print))
 """
 KILLED = {
-    "ddp": replace(FULL, steps=40, processes=2, save_every=5, validate_every=10),
+    "ddp": replace(FULL, steps=60, processes=2, save_every=5, validate_every=1),  # slow enough to be killed
     "dropout": DROPOUT,
     "fsdp": replace(DROPOUT, sharding="fsdp", validate_every=10),
 }
+
+
+def whole_after(key: str) -> int:
+    """The step of a save, if this is the file that is written last."""
+    return int(key.split("/")[2]) if key.endswith("/state") else 0
 
 
 def killed(folder: Path, case: str) -> None:
@@ -119,7 +126,7 @@ def killed(folder: Path, case: str) -> None:
     command = [sys.executable, "-c", SCRIPT, str(folder), case]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
-    while not any(int(key.split("/")[2]) >= 10 for key in objects.list("training/")):
+    while not any(whole_after(key) >= 10 for key in objects.list("training/")):
         assert child.poll() is None, child.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -138,9 +145,9 @@ def test_a_killed_training_goes_on(tmp_path: Path) -> None:
     base, tuner = train_digits_base(BASE, store), KILLED["ddp"]
     seen: list[int] = []
     resumed = fine_tune(base, "rot90", SUITE, tuner, store, report=lambda done, *_: seen.append(done))
-    assert seen[0] >= 10 and seen[0] % 5 == 0 and seen == list(range(seen[0], 41))
+    assert seen[0] >= 10 and seen[0] % 5 == 0 and seen == list(range(seen[0], 61))
     alone = fine_tune(base, "rot90", SUITE, in_one(tuner), store)
-    assert farthest(store, alone, resumed) < 1e-5  # after 40 steps
+    assert farthest(store, alone, resumed) < 2e-5  # after 60 steps
     for one, other in zip(losses(store, alone), losses(store, resumed), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
 
