@@ -42,7 +42,7 @@ def tuned(folder: Path, seed: int) -> Path:
 
 def submit(folder: Path, base: CheckpointRef, line: str = LINE) -> str:
     """Submit a folder by its path, as a watcher does; its content."""
-    from storage.objects import DirectoryObjects
+    from storage.directory import DirectoryObjects
 
     place = DirectoryObjects(folder)
     content = fingerprint(place, offer_at(place))
