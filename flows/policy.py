@@ -114,8 +114,11 @@ def cached(value: Any) -> State[Any]:
 
 
 def content_key(name: str, version: int, inputs: list[Any]) -> str:
-    """sha256 over everything that decides what a step gives."""
-    return digest(canonical({"step": name, "version": version, "inputs": [_content(one) for one in inputs]}))
+    """sha256 over everything that decides what a step gives. What was left out at the end is as if it were None."""
+    given = [_content(one) for one in inputs]
+    while given and given[-1] is None:
+        given.pop()
+    return digest(canonical({"step": name, "version": version, "inputs": given}))
 
 
 def _content(value: Any) -> Any:

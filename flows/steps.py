@@ -92,7 +92,7 @@ def choose_codec(update: UpdateRef, codec: AnyCodec, task: Task) -> ScoresRef:
         )
 
 
-@once(version=2)
+@once(version=3)
 def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None, task: Task | None = None) -> UpdateRef:
     """`task`: where the codec's examples come from; not given if it has none, so that no result depends on it then."""
     place = here()

@@ -15,7 +15,7 @@ from storage.manifest import Lineage, TensorRecord
 from storage.refs import UpdateRef, short
 from tasks.codecs import Codec, Coded, Dense, Facts, Leaf, Option, Parts, decode_parts
 from tasks.extract import HEAD
-from tasks.parallel import Budget, Report, in_order
+from tasks.parallel import Budget, Report, in_order, one_thread
 from tasks.tensors import (
     check_finite,
     decode_factors,
@@ -28,6 +28,7 @@ from tasks.tensors import (
     unprefixed,
     wide,
 )
+from tasks.turned import turned
 
 _WORKSPACE = 6  # tensors' sizes in float32 that coding and measuring one of them takes
 Inputs = Mapping[str, Callable[[], Tensor]]  # of linear weights, by name: X^T X / rows of what their module was given
@@ -53,10 +54,7 @@ def compress_update(
     source = store.open(update, "update")
     work = _Work(source, codec, device, inputs or {})
     records = [record for record in source.manifest.tensors if not record.role.startswith(HEAD)]
-    facts = [
-        one.survey(lambda: (leaf.delta for record in records for leaf in work.leaves(record)))
-        for one in codec.alternatives
-    ]
+    facts = [work.survey(one, records) for one in codec.alternatives]
     lineage = Lineage("compress", {**source.manifest.lineage.inputs, "update": update}, codec.spec())
     draft = store.draft("update", lineage)
     for record in source.manifest.tensors:
@@ -93,14 +91,23 @@ class _Work:
     device: str
     inputs: Inputs
 
+    def survey(self, codec: Codec, records: Sequence[TensorRecord]) -> Facts:
+        """What `codec` wants to know of the whole update."""
+
+        def deltas() -> Iterator[Tensor]:
+            return (leaf.delta for record in records for leaf in self.leaves(record, codec.turns_factors))
+
+        with one_thread():
+            return codec.survey(deltas)
+
     def memory(self, record: TensorRecord) -> float:
         """Bytes that coding a tensor takes, the work on its calibration data included."""
         seen = record.shape[-1] ** 2 if record.name in self.inputs else 0
         return _WORKSPACE * 4 * (record.elements + seen)
 
-    def leaves(self, record: TensorRecord) -> Iterator[Leaf]:
-        """The tensor, or its factors A and B."""
-        for factor, delta in self._deltas(record):
+    def leaves(self, record: TensorRecord, turn: bool) -> Iterator[Leaf]:
+        """The tensor, or its factors A and B; with `turn`, turned (tasks/turned.py)."""
+        for factor, delta in self._deltas(record, turn):
             check_finite(delta, record.name, short(self.source.ref))
             name = f"{record.name}.{factor}" if factor else record.name
             yield Leaf(
@@ -112,11 +119,15 @@ class _Work:
                 None if factor else self.inputs.get(record.name),
             )
 
-    def _deltas(self, record: TensorRecord) -> Iterator[tuple[str, Tensor]]:
+    def _deltas(self, record: TensorRecord, turn: bool) -> Iterator[tuple[str, Tensor]]:
         if record.rank is None:
             yield "", read_delta(self.source, record.name, self.device)
         else:
             left, right = decode_factors(record, self.source.parts(record.name))
+            for factor in (left, right):
+                check_finite(factor, record.name, short(self.source.ref))
+            if turn:
+                left, right = turned(left, right)
             yield "A", right.to(self.device)
             yield "B", left.to(self.device)
 
@@ -138,9 +149,12 @@ class _Work:
         """The record of one tensor, coded and stored."""
         if record.rank is not None and self.codec.keeps_factors:
             return record
-        leaves = list(self.leaves(record))
+        turns = {one.turns_factors for one in self.codec.alternatives}
+        leaves = {turn: list(self.leaves(record, turn)) for turn in turns}
         written = [
-            _written(Dense() if codec.keeps_factors and record.rank is not None else codec, leaves, its)
+            _written(
+                Dense() if codec.keeps_factors and record.rank is not None else codec, leaves[codec.turns_factors], its
+            )
             for codec, its in zip(self.codec.alternatives, facts, strict=True)
         ]
         options = [Option(sum(part.nbytes for part in one.parts.values()), one.error or 0.0) for one in written]

@@ -66,7 +66,7 @@ def in_order(
     """
     if budget.workers == 1 or len(items) < 2:
         for done, item in enumerate(items, 1):
-            with _one_thread():
+            with one_thread():
                 result = work(item)
             yield result
             if report:
@@ -82,7 +82,7 @@ def in_order(
 
     waiting: deque[Future[Result]] = deque()
     done = 0
-    with _one_thread(), ThreadPoolExecutor(budget.workers, "tensors", initializer=_compute_alone) as pool:
+    with one_thread(), ThreadPoolExecutor(budget.workers, "tensors", initializer=_compute_alone) as pool:
         try:
             for item in items:
                 needed = cost(item)
@@ -103,7 +103,7 @@ def in_order(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Torch computes on the calling thread alone, and then as before.
 
     Norms, products and decompositions round differently on several threads, and would be stored under other refs on

@@ -70,6 +70,7 @@ class Codec(Choice):
     source:        paper and section, or the program, that the numbers follow
     lossless:      whether decoding gives the tuned tensor's very bits, from the base's
     keeps_factors: whether low-rank tensors are left as the factors they are
+    turns_factors: whether their factors are turned before they are coded, so that the entries of both matter alike
 
     `decode` needs only the parts and the shape, `restore` the base tensor too: a stored tensor can be read without the
     update around it. Both raise Damaged if the parts are not what `encode` writes.
@@ -78,6 +79,7 @@ class Codec(Choice):
     source: ClassVar[str]
     lossless: ClassVar[bool] = False
     keeps_factors: ClassVar[bool] = False
+    turns_factors: ClassVar[bool] = False
 
     name: str
     version: int

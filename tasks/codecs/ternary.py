@@ -45,6 +45,7 @@ class Ternary(Codec):
     """
 
     source: ClassVar[str] = "arXiv 2311.13171, ComPEFT"
+    turns_factors: ClassVar[bool] = True
 
     name: Literal["ternary"] = "ternary"
     version: Literal[2] = 2
