@@ -57,6 +57,7 @@ def up(
             table(registered(lines, {}, when, pool))
             if "Prefect" in children:  # a server of our own: what ran last time ended with it
                 _give_up_lost(pool)
+            lost = _give_up_lost if "Prefect" in children else lambda pool: None
             makers = _workers(place.settings, api, pool, limit, inboxes)
             for name, make in makers.items():
                 children[name] = make()
@@ -66,7 +67,7 @@ def up(
                 console.print(f"inbox    {address} for line {name}", soft_wrap=True)
             console.print("ready; Ctrl-C ends all")
             sys.stdout.flush()
-            _attend(children, makers)
+            _attend(children, makers, lambda: lost(pool))
         except KeyboardInterrupt:
             console.print("stopping ...")
         finally:
@@ -84,7 +85,7 @@ def _give_up_lost(pool: str) -> None:
     with get_client(sync_client=True) as client:
         count = give_up_lost(client, pool)
     if count:
-        console.print(f"{count} runs of the last time never came to an end: what they left is taken up again")
+        console.print(f"{count} runs never came to an end: what they left is taken up again")
 
 
 def _servers(settings: Settings, host: str, ports: tuple[int, int], children: dict[str, Server]) -> str:
@@ -121,8 +122,12 @@ def _workers(
     return found
 
 
-def _attend(children: dict[str, Server], makers: dict[str, Callable[[], Server]]) -> None:
-    """Start again whoever ends, until a server ends or somebody ends too often."""
+def _attend(children: dict[str, Server], makers: dict[str, Callable[[], Server]], lost: Callable[[], None]) -> None:
+    """Start again whoever ends, until a server ends or somebody ends too often.
+
+    lost: ends the runs of a worker that ended. One whose process lives on all the same does no harm: merges are kept
+    apart by the journal.
+    """
     deaths: dict[str, list[float]] = {name: [] for name in makers}
     while True:
         for name, child in list(children.items()):
@@ -136,5 +141,7 @@ def _attend(children: dict[str, Server], makers: dict[str, Callable[[], Server]]
                 console.print(f"{name} ended {_TIMES} times: see {child.log}")
                 raise typer.Exit(1)
             console.print(f"{name} ended, and is started again")
+            if name == "worker":
+                lost()
             children[name] = makers[name]()
         time.sleep(0.5)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ def test_a_worker_that_is_killed_and_a_restart_lose_nothing(service: Service, tm
     service.drop(tuned(tmp_path / "source" / "1", 1), "run-1")
     until(lambda: versions() == ["run-1"], service)
     service.drop(tuned(tmp_path / "source" / "2", 2), "run-2")
-    until(lambda: len(service.runs()) == 2, service)
-    until(lambda: _kill(service, "prefect.engine"), service)
-    _kill(service, "prefect worker")
+    until(lambda: started(service, 2), service)
+    _kill(service, "prefect worker", "prefect.engine")  # the worker first: it would note the end of its run
     until(lambda: "worker ended, and is started again" in service.log.read_text(), service)
     service.drop(tuned(tmp_path / "source" / "3", 3), "run-3")
     until(lambda: versions() == ["run-1", "run-2", "run-3"], service)
@@ -155,12 +155,17 @@ def test_a_worker_that_is_killed_and_a_restart_lose_nothing(service: Service, tm
     again.stop()
 
 
-def _kill(service: Service, words: str) -> bool:
-    """SIGKILL for those children in whose command these words are; whether there were any."""
-    found = [one for one in service.children() if words in " ".join(one.cmdline()[1:]).replace("-m ", "")]
-    for one in found:
-        one.kill()
-    return bool(found)
+def _kill(service: Service, *words: str) -> None:
+    """SIGKILL for the children whose commands hold the first of these words, then the second."""
+    commands = {}
+    for one in service.children():
+        with suppress(psutil.Error):  # it ended in this moment
+            commands[one] = " ".join(one.cmdline())
+    found = [[one for one, command in commands.items() if word in command] for word in words]
+    assert all(found), commands
+    for one in (one for some in found for one in some):
+        with suppress(psutil.Error):
+            one.kill()
 
 
 def started(service: Service, count: int) -> dict[str, Any] | None:
