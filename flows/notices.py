@@ -13,6 +13,7 @@ from uuid import NAMESPACE_URL, uuid5
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.events import emit_event
 
+from flows.workplace import here
 from storage.errors import Unavailable
 from storage.events import Submission
 from storage.queue import Queue
@@ -31,8 +32,10 @@ def created(line: str, one: Submission) -> None:
     from prefect.events import Event
     from prefect.events.schemas.events import Resource
 
+    # the same whenever it is sent again, so that Prefect takes it once; of another store it is another event
+    place = f"{here().store.url}:{line}:{one.content}:{one.number}"
     event = Event(
-        id=uuid5(NAMESPACE_URL, f"deltaworks:{line}:{one.content}:{one.number}"),
+        id=uuid5(NAMESPACE_URL, f"deltaworks:{place}"),
         event=CREATED,
         resource=Resource(_resource(line, one)),
         payload=_payload(line, one),
