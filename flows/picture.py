@@ -60,7 +60,8 @@ def _heat_map(axes: Any, line: Grown, names: bool) -> Any:
 
 def _curves(axes: Any, outcome: Outcome) -> None:
     store = here().store
-    steps = np.arange(1, len(outcome.prepared) + 1)
+    names = [one.name for one in outcome.prepared]
+    steps = np.arange(1, len(names) + 1)
     alone: dict[str, float] = {}
     single = []
     for one in outcome.prepared:
@@ -68,7 +69,9 @@ def _curves(axes: Any, outcome: Outcome) -> None:
         single.append(100 * float(np.mean(list(alone.values()))))
     axes.plot(steps, single, color="black", linestyle=":", label="each task's own model")
     for line in outcome.lines:
-        axes.plot(steps, [100 * step.summary.average for step in line.steps], marker="o", label=line.name)
+        # an update that the gate left out has no point
+        places = [1 + names.index(step.entry.task) for step in line.steps]
+        axes.plot(places, [100 * step.summary.average for step in line.steps], marker="o", label=line.name)
     axes.set_xticks(steps, [f"{number}: + {one.name}" for number, one in zip(steps, outcome.prepared, strict=True)])
     axes.set_ylabel("average accuracy on the tasks so far, %")
     axes.set_ylim(0, 102)

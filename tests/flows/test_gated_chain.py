@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from configs.chain import Ability, ChainConfig, load_chain, parse_chain
 from flows import progress
 from flows.chain import chain, count_steps
 from flows.growing import Grown
+from flows.picture import draw
+from flows.report import accuracy_table, gate_lines
 from flows.workplace import here
 from storage.champions import CHALLENGER, CHAMPION, PREVIOUS
 from storage.errors import InvalidInput, Missing
@@ -100,9 +103,15 @@ def test_a_change_by_hand_is_recorded_and_stays() -> None:
         pass
 
 
-def test_a_merge_that_fails_is_left_out_until_the_gate_changes(count: Count) -> None:
+def test_a_merge_that_fails_is_left_out_until_the_gate_changes(count: Count, tmp_path: Path) -> None:
     config = gated(of_alone=0.95, on_failure="leave_out")
-    line = only(config)
+    outcome = chain(config)
+    (line,) = outcome.lines
+    assert draw(outcome, tmp_path / "picture.png").stat().st_size > 10_000
+    assert [text.split(":")[0] for text in gate_lines(line)] == [
+        f"{line.name} version {number}, + {task}" for number, task in enumerate(("rot90", "invert", "permute"), 1)
+    ]
+    assert "+rot90" in [column.header for column in accuracy_table(outcome, line).columns]
     assert [step.entry.task for step in line.steps] == ["rot90"]
     assert [step.entry.task for step in line.left_out] == ["invert", "permute"]
     journal = Line(here().store.objects, line.name)
