@@ -28,6 +28,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    """A test that asks for chance without a seed gets the same numbers each time, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An embedded set-up of its own: store, MLflow on SQLite."""
