@@ -178,11 +178,6 @@ class ArtifactStore:
         """Store `data` under its sha256, unless it is there already, and return the sha256."""
         return self._add(Held(data))
 
-    def keep_blob(self, name: str, data: bytes) -> None:
-        """Store `data`, whose sha256 is `name`, unless it is there already."""
-        if not self._is_fresh(name, len(data)):
-            self.objects.put(f"blob/{name}", data)
-
     def write_file(self, path: Path) -> Asset:
         """Store a file's content as a blob, in pieces, so that its size does not matter."""
         content = Filed(path)

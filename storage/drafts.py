@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from storage.uploads import Uploads
 
 if TYPE_CHECKING:
     from storage.artifacts import ArtifactStore
+
+_UNNAMED = "0" * 64  # the blob of a tensor whose bytes are on their way
 
 
 class Draft:
@@ -46,18 +48,21 @@ class Draft:
         digest: str | None = None,
         error: float | None = None,
         through: Sequence[str] = (),
-    ) -> TensorRecord:
+    ) -> None:
         """Store one tensor's parts and list them under `name`. The fields are those of TensorRecord.
 
         Returns while the bytes may still be on their way: what goes wrong is raised by a later `add` or by `commit`.
         """
         data = encode_parts(parts)
-        blob = self._upload(data)
         record = TensorRecord(
-            name, role, dtype, tuple(shape), blob, len(data), codec, rank, onto, digest, error, tuple(through)
+            name, role, dtype, tuple(shape), _UNNAMED, len(data), codec, rank, onto, digest, error, tuple(through)
         )
         self.share(record)
-        return record
+
+        def store() -> None:  # hashed there too, so that one thread's hashing is not what all wait for
+            self._records[name] = replace(record, blob=self._store.write_blob(data))
+
+        self._uploads.add(store, len(data))
 
     def share(self, record: TensorRecord) -> None:
         """List a tensor whose blobs another artifact already stored."""
@@ -66,11 +71,20 @@ class Draft:
         self._records[record.name] = record
 
     @property
+    def names(self) -> list[str]:
+        return list(self._records)
+
+    @property
     def records(self) -> list[TensorRecord]:
+        """What is listed so far, once its bytes are stored: this waits for those that are on their way."""
+        self._uploads.finish()
         return list(self._records.values())
 
     def add_asset(self, name: str, data: bytes) -> None:
-        self._assets[name] = Asset(self._upload(data), len(data))
+        def store() -> None:
+            self._assets[name] = Asset(self._store.write_blob(data), len(data))
+
+        self._uploads.add(store, len(data))
 
     def add_file(self, name: str, path: Path) -> None:
         """Like `add_asset`, of a file's content; in pieces, so that its size does not matter."""
@@ -81,16 +95,9 @@ class Draft:
 
     def commit(self) -> Ref:
         """Write the manifest, after all else is stored, and return the artifact's ref."""
-        self._uploads.finish()
-        records = tuple(self._records[name] for name in sorted(self._records))
+        records = tuple(sorted(self.records, key=lambda record: record.name))
         manifest = Manifest(self._kind, self._lineage, records, self.facts, self._assets)
         data = encode_manifest(manifest)
         ref = Ref(f"{self._kind}/{sha256(data)}")
         self._store.objects.put(ref, data)
         return ref
-
-    def _upload(self, data: bytes) -> str:
-        """Name `data`, and store it while the caller prepares the next."""
-        name = sha256(data)
-        self._uploads.add(partial(self._store.keep_blob, name, data), len(data))
-        return name

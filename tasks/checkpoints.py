@@ -66,7 +66,7 @@ def write_checkpoint(
         if name in ties:
             originals[name] = tensor_digest(tensor)
     _check_ties(copies, originals, skeleton, where)
-    written = {record.name for record in draft.records}
+    written = set(draft.names)
     missing = sorted(set(skeleton.slots) - written)
     if missing:
         raise Mismatch(

@@ -221,7 +221,8 @@ def test_it_adds_to_what_a_tensor_is_stated_against(page: dict[str, Any], dtype:
     store = ArtifactStore(DirectoryObjects(tmp_path))
     draft, base = store.draft("checkpoint", Lineage("test")), drawn((40, 30)).to(dtype)
     about: dict[str, Any] = {"role": "linear.weight", "dtype": dtype_name(dtype), "shape": (40, 30)}
-    onto = draft.add("base", {"tensor": base}, **about).blob
+    draft.add("base", {"tensor": base}, **about)
+    onto = draft.records[0].blob
     factors = prefixed({"tensor": drawn((1, 30), 1)}, "A") | prefixed({"tensor": drawn((40, 1), 2).bfloat16()}, "B")
     draft.add("factors", factors, **about, rank=1, onto=onto)
     draft.add("delta", {"tensor": drawn((40, 30), 3) * 1e-3}, **about, onto=onto)
@@ -236,7 +237,8 @@ def test_it_adds_to_what_a_tensor_is_stated_against(page: dict[str, Any], dtype:
 def test_it_refuses_what_is_damaged(page: dict[str, Any], tmp_path: Path) -> None:
     store = ArtifactStore(DirectoryObjects(tmp_path))
     draft = store.draft("update", Lineage("test"))
-    blob = draft.add("w", {"tensor": torch.ones(9)}, role="bare", dtype="F32", shape=(9,)).blob
+    draft.add("w", {"tensor": torch.ones(9)}, role="bare", dtype="F32", shape=(9,))
+    blob = draft.records[0].blob
     ref = draft.commit()
     path = tmp_path / "blob" / blob
     path.write_bytes(path.read_bytes()[:-1] + b"!")

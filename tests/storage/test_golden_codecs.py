@@ -27,7 +27,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.blobs import Parts
 from storage.directory import DirectoryObjects
 from storage.drafts import Draft
-from storage.manifest import Lineage, TensorRecord
+from storage.manifest import Lineage
 from tasks.codecs import READABLE, Codec, Coded, Dense, Exact, Leaf, Ternary
 from tasks.codecs.bitdelta import BitDelta
 from tasks.codecs.dense import dense_parts
@@ -213,9 +213,10 @@ def write_skillpack_1(draft: Draft) -> None:
 def write_exact_1(draft: Draft) -> None:
     """The bases are tensors of the same update."""
 
-    def side(name: str, base: Tensor) -> TensorRecord:
+    def side(name: str, base: Tensor) -> str:
         dtype = dtype_name(base.dtype)
-        return draft.add(f"{name}.base", {"tensor": base}, role="bare", dtype=dtype, shape=base.shape)
+        draft.add(f"{name}.base", {"tensor": base}, role="bare", dtype=dtype, shape=base.shape)
+        return blob_of(draft, f"{name}.base")
 
     def exact(name: str, base: Tensor, tuned: Tensor, onto: str, through: tuple[str, ...] = ()) -> None:
         coded = Exact().encode(Leaf(name, "linear.weight", torch.zeros(()), sides=lambda: (base, tuned)), {})
@@ -227,7 +228,7 @@ def write_exact_1(draft: Draft) -> None:
     few = torch.from_numpy(whole(shape, 3) % 10 == 1)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         name, old = str(dtype).removeprefix("torch."), base.to(dtype)
-        onto = side(name, old).blob
+        onto = side(name, old)
         exact(f"{name}.few", old, torch.where(few, old * 1.0625, old), onto)
         exact(f"{name}.most", old, torch.where(few, old, old * 1.0078125), onto)
     old, onto = base.bfloat16(), blob_of(draft, "bfloat16.base")
@@ -236,10 +237,10 @@ def write_exact_1(draft: Draft) -> None:
     first, between = torch.where(few, old * 1.0625, old), blob_of(draft, "bfloat16.few")
     exact("next", first, torch.where(few, -old, first), onto, (between,))
     odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, 1.0])
-    exact("odd", odd, odd.flip(0), side("odd", odd).blob)
+    exact("odd", odd, odd.flip(0), side("odd", odd))
     exact("wider", base.half(), base, blob_of(draft, "float16.base"))
     counted = torch.from_numpy(whole((9,), 4))
-    exact("counted", counted, counted + 1, side("counted", counted).blob)
+    exact("counted", counted, counted + 1, side("counted", counted))
 
 
 def blob_of(draft: Draft, name: str) -> str:
