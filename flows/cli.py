@@ -21,7 +21,8 @@ from flows.line_commands import line_app
 from flows.line_fold import line_fold
 from flows.line_open import line_open
 from flows.merge_command import merge
-from flows.queue_commands import line_discard, line_policy, line_requeue, line_status
+from flows.policy_command import line_policy
+from flows.queue_commands import line_discard, line_requeue, line_status
 from flows.report_commands import report_app
 from flows.room_commands import du, pin, pins, prune, unpin
 from flows.series_commands import series_app
@@ -44,6 +45,7 @@ from flows.tuner_command import tuners
 from flows.up_command import up
 from flows.verify_command import verify
 from flows.watch_command import watch
+from flows.webhook_command import webhook
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,6 +121,7 @@ for _called, _work in (
     ("submit", submit),
     ("merge-pending", merge_pending),
     ("watch", watch),
+    ("webhook", webhook),
     ("deploy", deploy),
     ("up", up),
 ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.pools import IMAGE, KINDS, Pool, ensure_pool, ensure_queues, set_gpu_slots
 from flows.schedules import schedules
 from flows.terminal import called, console, errors_explained, open_workplace
 from flows.watch_command import seconds
@@ -29,13 +30,23 @@ Inboxes = Annotated[
     list[str] | None,
     typer.Option("--inbox", metavar="LINE=ADDRESS", help="Watch this inbox for the line. May be repeated."),
 ]
-Pool = Annotated[str, typer.Option(help="The work pool that the runs go to.")]
+PoolName = Annotated[str, typer.Option("--pool", help="The work pool that the runs go to.")]
+PoolType = Annotated[
+    str, typer.Option("--pool-type", metavar="process|docker|kubernetes", help="Of which type it is created.")
+]
+GpuSlots = Annotated[
+    int | None,
+    typer.Option("--gpu-slots", min=0, help="How many stages may use a GPU at once, over all workers; 0: any number."),
+]
 
 
 def deploy(
     line: Lines = None,
     inbox: Inboxes = None,
-    pool: Pool = POOL,
+    pool: PoolName = POOL,
+    pool_type: PoolType = "process",
+    image: Annotated[str, typer.Option(help="The image of a pool of containers, with Deltaworks in it.")] = IMAGE,
+    gpu_slots: GpuSlots = None,
     merge_every: Annotated[
         str, typer.Option(metavar="TIME|never", help="Merge what waits, also if an event was lost: 10m, 1h.")
     ] = "10m",
@@ -49,12 +60,14 @@ def deploy(
 ) -> None:
     """Register the flows in Prefect: parameters, schedules, what an event starts, and one merge at a time for a line.
 
-    The same again changes what is different. The work pool is created, for processes, if it is not there; a pool of
-    another type (docker, kubernetes) is used as it is.
+    The same again changes what is different. The work pool is created if it is not there, and used as it is otherwise.
 
     Examples:  deltaworks deploy --line support --inbox support=s3://models/inbox --zone Europe/Berlin
+
+               deltaworks deploy --pool cluster --pool-type kubernetes --image registry/deltaworks:cuda --gpu-slots 2
     """
     with errors_explained():
+        where = wanted_pool(pool, pool_type, image)
         when, patience = schedules(merge_every, tidy_at, zone), seconds(start_within)
         if not os.environ.get("PREFECT_API_URL"):
             raise InvalidInput(
@@ -63,9 +76,10 @@ def deploy(
             )
         place = open_workplace()
         lines, inboxes = chosen(place, line or [], inbox or [])
-        plans = registered(lines, inboxes, when, pool, patience)
+        plans = registered(lines, inboxes, when, where, patience, gpu_slots)
         table(plans)
-        console.print(f"next: prefect worker start --pool {pool} --type process    on a machine that sees the store")
+        needs = "sees the store" if pool_type == "process" else f"has prefect-{pool_type} and may start containers"
+        console.print(f"next: prefect worker start --pool {pool} --type {pool_type}    on a machine that {needs}")
 
 
 def chosen(place: Workplace, lines: Sequence[str], inboxes: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -85,21 +99,38 @@ def chosen(place: Workplace, lines: Sequence[str], inboxes: Sequence[str]) -> tu
     return wanted, watched
 
 
+def wanted_pool(name: str, kind: str, image: str = IMAGE) -> Pool:
+    if kind not in KINDS:
+        raise InvalidInput(f"--pool-type must be {', '.join(KINDS)}, found {kind!r}")
+    return Pool(name, kind, image)  # type: ignore[arg-type]
+
+
 def registered(
-    lines: Sequence[str], inboxes: Mapping[str, str], when: When, pool: str, start_within: float = 120.0
+    lines: Sequence[str],
+    inboxes: Mapping[str, str],
+    when: When,
+    pool: Pool,
+    start_within: float = 120.0,
+    gpu_slots: int | None = None,
+    silent_for: float = 90.0,
 ) -> list[Planned]:
-    """Register them, with the pool, the queues and the automations that end runs whose process is gone."""
+    """Register them, with the pool, the queues and the automations that end runs whose process is gone.
+
+    silent_for: seconds without a heartbeat, of which there is one every 30, after which a run is given up.
+    """
     from prefect.client.orchestration import get_client
 
-    from flows.deployments import end_zombies, ensure_pool, ensure_queues, planned, register
+    from flows.deployments import end_zombies, planned, queue_of, register
 
     plans = planned(lines, inboxes, when)
     try:
         with get_client(sync_client=True) as client:
             ensure_pool(client, pool)
-            ensure_queues(client, pool, lines)
-            end_zombies(client, start_within)
-        register(plans, pool)
+            ensure_queues(client, pool.name, [queue_of(line) for line in lines])
+            end_zombies(client, start_within, silent_for)
+            if gpu_slots is not None:
+                set_gpu_slots(client, gpu_slots)
+        register(plans, pool.name)
     except OSError as error:
         raise Unavailable(f"Prefect at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
     return plans
@@ -124,4 +155,4 @@ def _inbox(text: str) -> tuple[str, str]:
     line, equals, address = text.partition("=")
     if not equals or not line or not address:
         raise InvalidInput(f"--inbox {text}: is not of the form LINE=ADDRESS", remedy="Write support=s3://models/inbox")
-    return line, address if "://" in address else os.path.abspath(address)
+    return line, address if ":/" in address else os.path.abspath(address)

@@ -26,10 +26,14 @@ GENERAL = "store"  # the name of deployments that belong to no line
 _LOOKS = timedelta(hours=1)  # from one scheduled watch to the next; each ends shortly before
 _ALONE: Mapping[str, Any] = {"limit": 1, "collision_strategy": "ENQUEUE"}
 _ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-_BEGINS = {
+# states in which a run has no process, and is not lost
+_RESTS = {
     f"prefect.flow-run.{state}"
-    for state in ("Running", "Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry", "Cancelling", "Paused")
+    for state in ("Scheduled", "Late", "AwaitingConcurrencySlot", "AwaitingRetry", "Cancelling", "Paused", "Suspended")
 }
+_RUNNING = "prefect.flow-run.Running"
+_TAG = "deltaworks"  # of every deployment of ours
+_BEATS = {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}  # seconds; the shortest that Prefect knows
 # what an event says, as parameters of the run that it starts; numbers go as JSON, or they would arrive as texts
 _FROM_EVENT = {
     **{name: f"{{{{ event.payload.{name} }}}}" for name in ("reference", "line", "base", "content", "task")},
@@ -67,7 +71,7 @@ def planned(lines: Sequence[str], inboxes: Mapping[str, str], when: When) -> lis
     """The deployments of these lines, and those of the whole store. `inboxes`: line -> what is watched for it."""
     found = []
     for line in lines:
-        own, tags, queue = {"line": line}, ("deltaworks", f"line:{line}"), queue_of(line)
+        own, tags, queue = {"line": line}, (_TAG, f"line:{line}"), queue_of(line)
         found += [
             Planned(service.ingest_checkpoint, line, own, tags=tags, starts_on=line, queue=queue),
             Planned(service.merge_pending, line, own, when.merge_every, zone=when.zone, tags=tags, queue=queue),
@@ -78,8 +82,8 @@ def planned(lines: Sequence[str], inboxes: Mapping[str, str], when: When) -> lis
             minutes = _LOOKS.total_seconds() / 60 - 1
             watched = {"source": inboxes[line], "line": line, "every": 5.0, "minutes": minutes}
             found.append(Planned(service.watch, line, watched, _LOOKS.total_seconds(), zone=when.zone, tags=tags))
-    found.append(Planned(service.fine_tune_and_merge, GENERAL, tags=("deltaworks",)))
-    tidy = Planned(service.verify_and_prune, GENERAL, cron=when.tidy_at, zone=when.zone, tags=("deltaworks",))
+    found.append(Planned(service.fine_tune_and_merge, GENERAL, tags=(_TAG,)))
+    tidy = Planned(service.verify_and_prune, GENERAL, cron=when.tidy_at, zone=when.zone, tags=(_TAG,))
     return [*found, tidy]
 
 
@@ -113,6 +117,7 @@ def _deployment(plan: Planned, pool: str) -> Any:
         version=version("deltaworks"),
         work_pool_name=pool,
         work_queue_name=plan.queue,
+        job_variables=_BEATS,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
@@ -129,46 +134,29 @@ def _trigger(line: str) -> Any:
     )
 
 
-def ensure_pool(client: SyncPrefectClient, pool: str) -> bool:
-    """Create the work pool, for processes on the worker's machine, unless there is one. Whether it was created."""
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectNotFound
-    from prefect.workers.process import ProcessWorker
-
-    try:
-        client.read_work_pool(pool)
-    except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process", base_job_template=template))
-        return True
-    return False
-
-
-def ensure_queues(client: SyncPrefectClient, pool: str, lines: Sequence[str]) -> None:
-    """Create the work queue of each line, unless there is one: one run at a time."""
-    from prefect.exceptions import ObjectNotFound
-
-    for line in lines:
-        try:
-            client.read_work_queue_by_name(queue_of(line), pool)
-        except ObjectNotFound:
-            client.create_work_queue(queue_of(line), work_pool_name=pool, concurrency_limit=1)
-
-
-def end_zombies(client: SyncPrefectClient, start_within: float) -> None:
+def end_zombies(client: SyncPrefectClient, start_within: float, silent_for: float = 90.0) -> None:
     """Automations that end runs whose process is gone: they would stay `Pending` or `Running`, and hold their line.
 
-    Every run sends a heartbeat every 30 s if its worker has PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30; one that does not
-    begin within `start_within` seconds of being handed to a worker is given up too.
+    Every deployed run sends a heartbeat every 30 s. One that was killed before its first heartbeat was on its way is
+    told by the server's own event that it was `Running`. A run that does not begin within `start_within` seconds of
+    being handed to a worker is given up too. Only runs of these deployments: others may beat more slowly.
     """
-    gone = _zombies("without a heartbeat", {"prefect.flow-run.heartbeat"}, {"prefect.flow-run.heartbeat", *_ENDS}, 90.0)
-    never = _zombies("that never began", {"prefect.flow-run.Pending"}, {*_BEGINS, *_ENDS}, start_within)
+    beat = "prefect.flow-run.heartbeat"
+    gone = _zombies("without a heartbeat", {beat, _RUNNING}, {beat, *_RESTS, *_ENDS}, silent_for)
+    never = _zombies("that never began", {"prefect.flow-run.Pending"}, {_RUNNING, *_RESTS, *_ENDS}, start_within)
     for wanted in (gone, never):
         known = client.read_automations_by_name(wanted.name)
         if not known:
             client.create_automation(wanted)
-        elif known[0].trigger.within != wanted.trigger.within:  # type: ignore[union-attr]
+        elif any(
+            _asked(known[0], name) != _asked(wanted, name) for name in ("within", "after", "expect", "match_related")
+        ):
             client.update_automation(known[0].id, wanted)  # only then: it forgets the heartbeats that it has seen
+
+
+def _asked(automation: Any, name: str) -> Any:
+    value = getattr(automation.trigger, name)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 def give_up_lost(client: SyncPrefectClient, pool: str) -> int:
@@ -199,6 +187,7 @@ def _zombies(which: str, after: set[str], expect: set[str], patience: float) -> 
             after=after,
             expect=expect,
             match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{_TAG}"},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,

@@ -6,6 +6,7 @@ server is away. Its id follows from what it says, so that a server drops it when
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
@@ -20,10 +21,15 @@ from storage.queue import Queue
 from storage.refs import short
 
 if TYPE_CHECKING:
+    from flows.examining import Examined
     from flows.pending import Folded
+    from storage.lines import Entry
+    from storage.registry import ModelVersion
 
 CREATED = "deltaworks.checkpoint.created"
 QUARANTINED = "deltaworks.checkpoint.quarantined"
+CHAMPION = "deltaworks.champion.moved"
+REFUSED = "deltaworks.merge.refused"
 
 
 def created(line: str, one: Submission) -> None:
@@ -75,22 +81,48 @@ def quarantined(line: str, one: Submission) -> None:
     )
 
 
+def judged(line: str, entry: Entry, version: ModelVersion, found: Examined) -> None:
+    """Say what the gate decided on a version: the event that the champion moved, or that a merge was refused."""
+    if found.verdict is None:
+        return
+    resource = {
+        "prefect.resource.id": f"deltaworks.line.{line}",
+        "prefect.resource.name": line,
+        "deltaworks.line": line,
+    }
+    said = {"task": entry.task, "version": version.version, "state": entry.state, "model": found.model}
+    said |= {"reasons": list(found.verdict.reasons), **found.verdict.facts}
+    emit_event(CHAMPION if found.verdict.passed else REFUSED, resource, payload=said)
+
+
 def worked_off(found: Folded, all_of_them: Sequence[Submission]) -> None:
-    """A table of what a run did, in the order of the queue."""
+    """A table of what a run did, in the order of the queue, and links to the new versions."""
     if not (found.merged or found.quarantined):
         return
-    tasks = {one.entry: one for one in all_of_them if one.state == "merged"}
-    rows = [
-        {"task": entry.task, "became": f"entry {entry.number}", "update": short(entry.update or ""),
-         "state": short(entry.state or ""), "from": tasks[entry.number].reference if entry.number in tasks else ""}
-        for entry in found.merged
-    ]  # fmt: skip
+    submissions = {one.entry: one for one in all_of_them if one.state == "merged"}
+    rows = []
+    for entry in found.merged:
+        one = submissions.get(entry.number)
+        became = f"entry {entry.number}{f', {one.kind}' if one and one.kind else ''}"
+        rows.append(
+            {"task": entry.task, "became": became, "update": short(entry.update or ""),
+             "state": short(entry.state or ""), "from": one.reference if one else ""}
+        )  # fmt: skip
     rows += [
         {"task": one.task, "became": f"quarantined: {one.kind}", "update": "", "state": "", "from": one.reference}
         for one in found.quarantined
     ]
-    versions = ", ".join(str(one) for one in found.versions) or "none"
+    versions = ", ".join(_linked(found.line, one) for one in found.versions) or "none"
     create_table_artifact(rows, key=f"{_key(found.line)}-pending", description=f"{found.line}: new versions {versions}")
+
+
+def _linked(model: str, version: int) -> str:
+    """A version as a link to its page, if MLflow is a server."""
+    address = here().settings.tracking
+    if not address.startswith("http"):
+        return str(version)
+    plain = re.sub(r"//[^/@\s]*@", "//", address).rstrip("/")
+    return f"[{version}]({plain}/#/models/{model}/versions/{version}?workflowType=machine_learning)"
 
 
 def _resource(line: str, one: Submission) -> dict[str, str]:

@@ -1,36 +1,39 @@
 """Pending: everything that waits in a line's queue, merged one after the other by the steps of the chain.
 
-A submission that can never be merged is put aside with a reason, and the next one is taken. A run that is killed
-anywhere leaves nothing to repair: the next one takes up the same submission, finds the steps that were done, looks in
-the line's journal whether the merge was committed, and comes to the same refs. Two runs at once do no harm either.
+A submission that can never be merged, or that the line's gate leaves out, is put aside with a reason, and the next one
+is taken. A run that is killed anywhere leaves nothing to repair: the next one takes up the same submission, finds the
+steps that were done, looks in the line's journal whether the merge was committed, and comes to the same refs. Two runs
+at once do no harm either.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from flows import notices, steps
+from flows.examining import Examined, Examiner, examiner_of, register_examined
 from flows.policy import run_now
 from flows.workplace import here
 from storage.address import open_objects
 from storage.errors import Conflict, DeltaworksError, InvalidInput, Mismatch
 from storage.events import Submission
-from storage.lines import Entry, Fold, Line
+from storage.lines import Entry, Fold, Line, after_fold
 from storage.queue import Queue
-from storage.refs import CheckpointRef, UpdateRef, parse_ref, short
+from storage.refs import CheckpointRef, StateRef, UpdateRef, parse_ref, short
 from tasks.inbox import fingerprint, offer_at, task_name
 from tasks.intake import Intake, intake_of
 from tasks.recipe import Recipe
 from tasks.register import step_key
 
 TRIES = 5  # deaths of runs over the same submission, after which it is put aside: it may be what kills them
-# What a submission itself is to blame for. Anything else ends the run, and the submission waits for the next one.
-_ITS_FAULT = (InvalidInput, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+GATE = "Gate"  # the kind of what the line's gate put aside
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def take_in(reference: str, line: str, base: str = "", content: str = "", task: 
     tuned_from = CheckpointRef(parse_ref(base or head.base, "checkpoint"))
     name = task_name(task or reference.rstrip("/").rpartition("/")[2])
     one, is_new = queue.submit(content, reference, tuned_from, name, weight)
-    get_run_logger().info("line %s: %s is %s", line, one.task, "queued" if is_new else one.state)
+    state = "queued" if is_new else one.state
+    get_run_logger().info("line %s: %s is %s", line, one.task, state, extra=_about(line, one, reference))
 
 
 def work_off(line: str, at_most: int | None = None) -> Folded:
@@ -67,13 +71,14 @@ def work_off(line: str, at_most: int | None = None) -> Folded:
     queue, journal = Queue(place.store.objects, line), Line(place.store.objects, line)
     journal.head()  # a line that does not exist is said at once
     intake = intake_of(queue, journal, place.store)
-    merged, aside, versions, seen = [], [], register_new(journal), 0
+    examiner = examiner_of(queue, journal)
+    merged, aside, versions, seen = [], [], register_new(journal, examiner), 0
     while (at_most is None or seen < at_most) and (one := queue.next()) is not None:
         seen += 1
-        entry = _take(queue, one, journal, intake)
+        entry = _take(queue, one, journal, intake, examiner)
         if entry is not None:
             merged.append(entry)
-            versions += register_new(journal)
+            versions += register_new(journal, examiner)
         elif (now := queue.find(one.content)) is not None and now.state == "quarantined":
             aside.append(now)
             notices.quarantined(line, now)
@@ -82,7 +87,25 @@ def work_off(line: str, at_most: int | None = None) -> Folded:
     return found
 
 
-def _take(queue: Queue, one: Submission, journal: Line, intake: Intake) -> Entry | None:
+class _Unfit(Exception):
+    """A submission that is put aside: of which kind its trouble is, and the reason."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        self.kind, self.why = kind, why
+        super().__init__(why)
+
+
+@contextmanager
+def _its_fault() -> Iterator[None]:
+    """What the submission itself is to blame for: it was read, and cannot be used. Nothing else is: a bug of ours, or
+    a service that is away, ends the run, and the submission waits for the next one."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise _Unfit(type(error).__name__, str(error)) from error
+
+
+def _take(queue: Queue, one: Submission, journal: Line, intake: Intake, examiner: Examiner | None) -> Entry | None:
     """Merge one submission; None if it was put aside."""
     log = get_run_logger()
     try:
@@ -93,19 +116,31 @@ def _take(queue: Queue, one: Submission, journal: Line, intake: Intake) -> Entry
         reason = f"{TRIES} runs started on it, and none of them came to an end"
         queue.quarantine(one.content, "Killed", f"{reason}: it may take more memory or time than there is")
         return None
-    log.info("line %s: %s from %s, content %s", queue.line, one.task, one.reference, one.content[:12])
+    about = _about(queue.line, one, one.reference)
+    log.info("line %s: %s from %s, content %s", queue.line, one.task, one.reference, one.content[:12], extra=about)
     try:
-        update = _prepare(queue.line, one, journal.head().base, intake)
-        entry = _join(journal, one, update)
-    except _ITS_FAULT as error:
-        queue.quarantine(one.content, type(error).__name__, str(error))
+        with _its_fault():
+            update = _prepare(queue.line, one, journal.head().base, intake)
+        entry, examined = _join(journal, one, update, examiner)
+    except _Unfit as error:
+        log.warning("line %s: %s is put aside: %s: %s", queue.line, one.task, error.kind, error.why, extra=about)
+        queue.quarantine(one.content, error.kind, error.why)
         return None
-    except DeltaworksError as error:
-        queue.release(one.content, str(error))
+    except Exception as error:
+        why = str(error) if isinstance(error, DeltaworksError) else f"{type(error).__name__}: {error}"
+        queue.release(one.content, why)
+        log.warning("line %s: %s waits for the next run: %s", queue.line, one.task, why, extra=about)
         raise
-    queue.merge(one.content, entry.number)
-    log.info("line %s: %s is entry %s, state %s", queue.line, one.task, entry.number, short(entry.state or ""))
+    kind, why = examined.noted if examined else ("", "")
+    queue.merge(one.content, entry.number, kind, why)
+    said = f"entry {entry.number}, state {short(entry.state or '')}{kind and f', {kind}'}"
+    log.info("line %s: %s is %s", queue.line, one.task, said, extra=_about(queue.line, one, entry.state or ""))
     return entry
+
+
+def _about(line: str, one: Submission, ref: str) -> dict[str, str]:
+    """What a log line is about, as fields, for logs that are written as JSON; Prefect adds the run."""
+    return {"line": line, "task": one.task, "content": one.content, "ref": ref}
 
 
 def _prepare(line: str, one: Submission, base: CheckpointRef, intake: Intake) -> UpdateRef:
@@ -123,25 +158,49 @@ def _prepare(line: str, one: Submission, base: CheckpointRef, intake: Intake) ->
     return small
 
 
-def _join(journal: Line, one: Submission, update: UpdateRef) -> Entry:
-    """The entry that holds `update`: made now, or by a run before, even if the line was rolled back since."""
+def _join(
+    journal: Line, one: Submission, update: UpdateRef, examiner: Examiner | None
+) -> tuple[Entry, Examined | None]:
+    """The entry that holds `update`: made now, or by a run before, even if the line was rolled back since; and what the
+    line's exam says of it. _Unfit if the gate leaves it out."""
     while True:
-        head = journal.head()  # before it is searched: what comes in between makes the commit fail
+        head = journal.head()  # before all else is read: what comes in between makes the commit fail
+        history = journal.history() if examiner else []
         held = journal.holding(update)
         if held is not None:
-            return held
-        recipe = Recipe.from_spec(head.merger, f"line {journal.name!r}")
-        label = f"{journal.name}: merge {one.task}"
-        state = run_now(steps.fold, label, head.base, head.state, update, recipe, one.weight)
+            return held, _examined_again(examiner, history, held)
+        with _its_fault():
+            state = _fold(journal.name, head, one, update)
         folded = Fold(one.task, update, state, one.weight, head.factor)
+        found = None
+        if examiner is not None:
+            candidate = after_fold(head, folded)
+            found = examiner.examine(history, candidate)
+            if not examiner.lets_in(found):
+                version = examiner.register_left_out(history, candidate, found)
+                notices.judged(journal.name, candidate, version, found)
+                raise _Unfit(GATE, found.noted[1])
         try:
             entry: Entry = run_now(steps.commit, f"{journal.name}: commit {one.task}", journal.name, head, folded)
         except Conflict:
             continue  # others merged something else: fold again onto that
-        return entry
+        return entry, found
 
 
-def register_new(journal: Line) -> list[int]:
+def _fold(line: str, head: Entry, one: Submission, update: UpdateRef) -> StateRef:
+    recipe = Recipe.from_spec(head.merger, f"line {line!r}")
+    label = f"{line}: merge {one.task}"
+    state: StateRef = run_now(steps.fold, label, head.base, head.state, update, recipe, one.weight)
+    return state
+
+
+def _examined_again(examiner: Examiner | None, history: list[Entry], held: Entry) -> Examined | None:
+    """What was said of an entry that a run before committed; nothing if it is no longer in the line."""
+    place = next((at for at, entry in enumerate(history) if entry == held), None)
+    return None if examiner is None or place is None else examiner.examine(history[:place], held)
+
+
+def register_new(journal: Line, examiner: Examiner | None = None) -> list[int]:
     """A version in MLflow for each merge at the end of the line's history that has none yet, oldest first."""
     place = here()
     history = journal.history()
@@ -149,13 +208,13 @@ def register_new(journal: Line) -> list[int]:
     while count and place.registry.find(journal.name, step_key(place.store, journal.name, history[:count])) is None:
         count -= 1
     versions = []
-    for entry in history[count:]:
+    for number, entry in enumerate(history[count:], count):
         if entry.state is None or not place.store.has(entry.state):
             continue  # an older state that was pruned: its version is the business of whoever wants it back
-        written = (entry.base, entry.state) if entry.factor == 1 else (entry.base, entry.state, entry.factor)
-        model = run_now(steps.materialize, f"{journal.name}: write {entry.task}", *written)
-        label = f"{journal.name}: register {entry.task}"
-        version = run_now(steps.register, label, journal.name, journal.name, history[: entry.step], model)
+        found = None if examiner is None else examiner.examine(history[:number], entry)
+        version = register_examined(journal.name, history[: number + 1], found)
+        if version.fresh and found is not None:
+            notices.judged(journal.name, entry, version, found)
         versions.append(version.version)
     return versions
 

@@ -19,6 +19,7 @@ from prefect.runtime import task_run
 from prefect.states import Completed
 
 from flows import progress
+from flows.pools import gpu_slot
 from flows.workplace import here
 from storage.artifacts import Memo
 from storage.errors import Unavailable
@@ -35,8 +36,10 @@ RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds between attempts
 _versions: dict[str, int] = {}  # of the steps that are done once
 
 
-def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
+def once(version: int, *, gpu: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
     """A step that is done once per content: the second time the remembered ref is returned.
+
+    gpu: it works on the device of the settings, and waits for a slot of it where they are counted (flows/pools.py).
 
     The content key holds the step's name and `version`, its refs and specs, and the fingerprints of its data; not the
     device and not the addresses. Raise `version` when the numbers of a step change for another reason than a choice's.
@@ -54,9 +57,11 @@ def once(version: int) -> Callable[[Callable[P, R]], Task[P, R]]:
                 store.remember(key, found.ref, found.about)  # in use again: a prune keeps what was remembered lately
                 return cached(found.ref)
             progress.started(label())
-            start = time.perf_counter()
-            ref = function(*args, **kwargs)
-            took = {"seconds": round(time.perf_counter() - start, 3), "device": here().settings.device}
+            device = here().settings.device
+            with gpu_slot(device if gpu else "cpu"):
+                start = time.perf_counter()
+                ref = function(*args, **kwargs)
+                took = {"seconds": round(time.perf_counter() - start, 3), "device": device}
             store.remember(key, ref, {"step": function.__name__, "version": version, **took})
             progress.finished(label())
             return ref

@@ -88,42 +88,6 @@ def line_discard(
         console.print(f"{one.task} is discarded; {_length(queue)} left in the queue")
 
 
-def line_policy(
-    name: Name,
-    codec: Annotated[
-        str | None, typer.Option(metavar='"NAME KEY=VALUE ..."', help="Write the updates of submissions by this codec.")
-    ] = None,
-    heads: Annotated[str | None, typer.Option(help="refuse or keep tensors that only the submission has.")] = None,
-) -> None:
-    """Print, or set, how what is submitted to a line becomes an update of it. It is kept for all that come after.
-
-    Examples:  deltaworks line policy support        deltaworks line policy support --codec "ternary density=0.2"
-    """
-    with errors_explained():
-        if heads not in (None, "refuse", "keep"):
-            raise InvalidInput(f"--heads must be refuse or keep, found {heads!r}")
-        from dataclasses import replace
-
-        from configs.codec_words import codec_from_words
-        from storage.lines import Line
-        from storage.queue import Queue
-        from tasks.extract import Extract
-        from tasks.intake import intake_of
-
-        words = codec.split() if codec is not None else []
-        chosen = codec_from_words(words[0] if words else "", words[1:]) if codec is not None else None
-        store = open_workplace().store
-        line, queue = Line(store.objects, name), Queue(store.objects, name)
-        line.head()
-        intake = intake_of(queue, line, store)
-        wanted = replace(intake, codec=chosen or intake.codec)
-        wanted = replace(wanted, extract=Extract(heads=heads) if heads else wanted.extract)  # type: ignore[arg-type]
-        queue.set_policy(wanted.spec())
-        for part, spec in wanted.spec().items():
-            settings = ", ".join(f"{key} {value}" for key, value in spec.items() if key not in ("name", "version"))
-            console.print(f"{part:<8} {spec['name']} {settings}".rstrip(), soft_wrap=True)
-
-
 def _queue(place: Workplace, name: str) -> Queue:
     from storage.lines import Line
     from storage.queue import Queue
@@ -179,8 +143,9 @@ def _show(submissions: list[Submission]) -> None:
     for state in ("merged", "running", "pending", "quarantined", "discarded"):
         some = [one for one in submissions if one.state == state]
         for one in some[-_SHOWN:] if state == "merged" else some[:_SHOWN]:
-            said = {"merged": f"entry {one.entry}", "running": one.by}.get(state, "")
-            why = said or ": ".join(part for part in (one.kind, one.why) if part)
+            judged = ": ".join(part for part in (one.kind, one.why) if part)
+            entry = f"entry {one.entry}{f', {judged}' if judged else ''}"
+            why = {"merged": entry, "running": one.by}.get(state) or judged
             when = one.since[:16].replace("T", " ")
             table.add_row(state, escape(one.task), one.content[:12], when, escape(one.reference), escape(why))
         if len(some) > _SHOWN:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -70,8 +71,8 @@ class Server:
             self._child.kill()
 
 
-def start_prefect(settings: Settings, host: str, port: int, *, ui: bool) -> Server:
-    """Prefect's server over the database in the home; its API is at http://host:port/api."""
+def start_prefect(settings: Settings, host: str, port: int, *, ui: bool, database: str = "") -> Server:
+    """Prefect's server, over the database in the home or another one; its API is at http://host:port/api."""
     address = f"http://{host}:{port}/api"
     environment = {
         "PREFECT_API_URL": "",
@@ -81,6 +82,8 @@ def start_prefect(settings: Settings, host: str, port: int, *, ui: bool) -> Serv
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     }
+    if database:
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
     log = settings.home / "logs" / ("prefect.log" if ui else "prefect-run.log")
     return Server("Prefect", command, environment, f"{address}/health", log)
@@ -89,9 +92,10 @@ def start_prefect(settings: Settings, host: str, port: int, *, ui: bool) -> Serv
 def start_mlflow(settings: Settings, host: str, port: int) -> Server:
     """MLflow's server over the tracking database. One worker without job runner: a tenth of the default's memory."""
     artifacts = (settings.home / "mlflow-artifacts").as_uri()
-    command = ["mlflow", "server", "--backend-store-uri", settings.tracking, "--artifacts-destination", artifacts]
+    command = ["mlflow", "server", "--artifacts-destination", artifacts]
     command += ["--host", host, "--port", str(port), "--workers", "1"]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # the address of a database may hold a password, and everybody sees the command of a process
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": settings.tracking}
     return Server("MLflow", command, environment, f"http://{host}:{port}/health", settings.home / "logs" / "mlflow.log")
 
 
@@ -103,7 +107,6 @@ def start_worker(settings: Settings, api: str, pool: str, limit: int) -> Server:
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK,
         "PREFECT_WORKER_WEBSERVER_PORT": str(port),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # what tells a run whose process is gone from one that is slow
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
     }
     command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
@@ -118,6 +121,15 @@ def start_watcher(settings: Settings, api: str, source: str, line: str) -> Serve
     return Server(
         f"watcher of {source}", command, _service(settings, api), "", settings.home / "logs" / f"watch-{line}.log"
     )
+
+
+def start_webhook(settings: Settings, api: str, inboxes: Mapping[str, str], port: int, secret_file: str) -> Server:
+    """A process that watches these inboxes (line -> address), and looks when a signed message says so."""
+    command = ["flows.cli", "webhook", "--port", str(port), "--every", "5s", "--secret-file", secret_file]
+    for line, address in inboxes.items():
+        command += ["--inbox", f"{line}={address}"]
+    health = f"http://{LOOPBACK}:{port}/health"
+    return Server("webhook", command, _service(settings, api), health, settings.home / "logs" / "webhook.log")
 
 
 def _service(settings: Settings, api: str) -> dict[str, str]:

@@ -53,12 +53,12 @@ def receive(content: str, reference: str, base: CheckpointRef) -> CheckpointRef:
     return tasks.receive.receive(content, reference, base, here().store)
 
 
-@once(version=1)
+@once(version=1, gpu=True)
 def train_base(spec: DigitsBase) -> CheckpointRef:
     return tasks.digits_base.train_digits_base(spec, here().store, here().settings.device, _report())
 
 
-@once(version=1)
+@once(version=1, gpu=True)
 def fine_tune(
     base: CheckpointRef, task: str, suite: AnySuite, tuner: AnyTuner, start: CheckpointRef | None = None
 ) -> CheckpointRef:
@@ -82,7 +82,7 @@ def extract(base: CheckpointRef, tuned: CheckpointRef, spec: Extract, start: Che
     return tasks.extract.extract_update(base, tuned, spec, here().store, start)
 
 
-@once(version=1)
+@once(version=1, gpu=True)
 def choose_codec(update: UpdateRef, codec: AnyCodec, task: Task) -> ScoresRef:
     place = here()
     device, budget = place.settings.device, place.settings.budget
@@ -92,7 +92,7 @@ def choose_codec(update: UpdateRef, codec: AnyCodec, task: Task) -> ScoresRef:
         )
 
 
-@once(version=3)
+@once(version=3, gpu=True)
 def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None, task: Task | None = None) -> UpdateRef:
     """`task`: where the codec's examples come from; not given if it has none, so that no result depends on it then."""
     place = here()
@@ -111,7 +111,7 @@ def compress(update: UpdateRef, codec: AnyCodec, tried: ScoresRef | None = None,
         )
 
 
-@once(version=2)
+@once(version=2, gpu=True)
 def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, recipe: Recipe, weight: float) -> StateRef:
     place = here()
     settings = place.settings
@@ -128,7 +128,7 @@ def fold(base: CheckpointRef, state: StateRef | None, update: UpdateRef, recipe:
     )
 
 
-@once(version=1)
+@once(version=1, gpu=True)
 def search(base: CheckpointRef, state: StateRef, seen: list[Task], spec: Search) -> ScoresRef:
     place = here()
     settings = place.settings
@@ -137,7 +137,7 @@ def search(base: CheckpointRef, state: StateRef, seen: list[Task], spec: Search)
     )
 
 
-@once(version=2)
+@once(version=2, gpu=True)
 def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> CheckpointRef:
     place = here()
     settings = place.settings
@@ -146,7 +146,7 @@ def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> Ch
     )
 
 
-@once(version=2)
+@once(version=2, gpu=True)
 def evaluate(model: CheckpointRef, seen: Sequence[NamedSuite], base: CheckpointRef) -> ScoresRef:
     return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 

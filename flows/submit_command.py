@@ -93,6 +93,8 @@ def merge_pending(
 ) -> None:
     """Merge everything that waits for a line, one after the other, and register a version for each.
 
+    With an exam (`line policy --exam`), each merge is evaluated, and the line's gate decides.
+
     What can never be merged is put aside with a reason, and does not stop the others. Killed anywhere, the same command
     goes on where it stopped. Returns 0 also if something was put aside: `deltaworks line status` tells.
 
@@ -113,8 +115,10 @@ def merge_pending(
 
         if server:
             server.await_answer()
-        ahead = sum(one.state in ("pending", "running") for one in Queue(place.store.objects, line).submissions())
-        with Board(console, quiet, 7 * ahead) as board:  # receive to register
+        queue = Queue(place.store.objects, line)
+        ahead = sum(one.state in ("pending", "running") for one in queue.submissions())
+        each = 8 if "exam" in queue.policy() else 7  # receive to register
+        with Board(console, quiet, each * ahead) as board:
             progress.watch(board)
             found = flow(line, at_most)
         for one in found.quarantined:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.deploy_command import POOL, Inboxes, Lines, Pool, chosen, registered, table
+from flows.deploy_command import POOL, GpuSlots, Inboxes, Lines, PoolName, chosen, registered, table, wanted_pool
 from flows.schedules import schedules
 from flows.terminal import console, errors_explained, open_workplace
 
@@ -26,7 +26,7 @@ _TIMES = 5
 def up(
     line: Lines = None,
     inbox: Inboxes = None,
-    pool: Pool = POOL,
+    pool: PoolName = POOL,
     merge_every: Annotated[str, typer.Option(metavar="TIME|never", help="Merge what waits at least so often.")] = "10m",
     tidy_at: Annotated[str, typer.Option(metavar="CRON|never", help="Verify the store then.")] = "0 3 * * 0",
     zone: Annotated[str, typer.Option(metavar="ZONE", help="Time zone of the schedules, like Europe/Berlin.")] = "UTC",
@@ -36,6 +36,20 @@ def up(
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow; the next free one if taken.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect; the next free one if taken.")] = 4200,
     limit: Annotated[int, typer.Option(min=1, help="How many runs at once.")] = 2,
+    gpu_slots: GpuSlots = None,
+    webhook_secret: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Listen for signed notices of new checkpoints, checked with it.")
+    ] = None,
+    webhook_port: Annotated[int, typer.Option(help="Port of the webhook; the next free one if taken.")] = 8090,
+    postgres: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="DELTAWORKS_POSTGRES",
+            show_envvar=True,
+            help="Keep Prefect and MLflow there: postgresql://user@host:5432, in databases prefect and mlflow.",
+        ),
+    ] = None,
 ) -> None:
     """Start Prefect, MLflow, a worker and the watchers of inboxes, and register the deployments. Ctrl-C ends all.
 
@@ -43,9 +57,12 @@ def up(
     is started again. Logs are in DELTAWORKS_HOME/logs.
 
     Examples:  deltaworks up --inbox support=./inbox        deltaworks up --line support --zone Europe/Berlin
+
+               deltaworks up --inbox support=s3://models/inbox --webhook-secret webhook.secret
     """
     with errors_explained():
         when = schedules(merge_every, tidy_at, zone)
+        database = _databases(postgres) if postgres else ""
         place = open_workplace()
         place.store.objects.ready()
         lines, inboxes = chosen(place, line or [], inbox or [])
@@ -53,12 +70,13 @@ def up(
             signal.signal(one, signal.default_int_handler)
         children: dict[str, Server] = {}
         try:
-            api = _servers(place.settings, host, (prefect_port, mlflow_port), children)
-            table(registered(lines, {}, when, pool))
+            api = _servers(place.settings, host, (prefect_port, mlflow_port), children, database)
+            table(registered(lines, {}, when, wanted_pool(pool, "process"), gpu_slots=gpu_slots))
             if "Prefect" in children:  # a server of our own: what ran last time ended with it
                 _give_up_lost(pool)
             lost = _give_up_lost if "Prefect" in children else lambda pool: None
-            makers = _workers(place.settings, api, pool, limit, inboxes)
+            makers = _workers(place.settings, api, pool, limit)
+            makers |= _watchers(place.settings, api, inboxes, webhook_secret, webhook_port)
             for name, make in makers.items():
                 children[name] = make()
                 children[name].await_answer()
@@ -88,7 +106,17 @@ def _give_up_lost(pool: str) -> None:
         console.print(f"{count} runs never came to an end: what they left is taken up again")
 
 
-def _servers(settings: Settings, host: str, ports: tuple[int, int], children: dict[str, Server]) -> str:
+def _databases(url: str) -> str:
+    """Create the databases of both servers; point this process and its children at MLflow's. That of Prefect."""
+    from flows.postgres import ensure_databases
+
+    prefect, os.environ["MLFLOW_TRACKING_URI"] = ensure_databases(url)
+    return prefect
+
+
+def _servers(
+    settings: Settings, host: str, ports: tuple[int, int], children: dict[str, Server], database: str = ""
+) -> str:
     """Start the servers that are not given, and say where they are. The address of Prefect's API."""
     from flows.servers import free_port, start_mlflow, start_prefect
 
@@ -96,7 +124,7 @@ def _servers(settings: Settings, host: str, ports: tuple[int, int], children: di
     api = os.environ.get("PREFECT_API_URL", "")
     if not api:
         port = free_port(host, ports[0])
-        children["Prefect"] = start_prefect(settings, host, port, ui=True)
+        children["Prefect"] = start_prefect(settings, host, port, ui=True, database=database)
         api = os.environ["PREFECT_API_URL"] = f"http://{host}:{port}/api"
     address = settings.tracking
     if not address.startswith("http"):
@@ -110,16 +138,30 @@ def _servers(settings: Settings, host: str, ports: tuple[int, int], children: di
     return api
 
 
-def _workers(
-    settings: Settings, api: str, pool: str, limit: int, inboxes: dict[str, str]
-) -> dict[str, Callable[[], Server]]:
+def _workers(settings: Settings, api: str, pool: str, limit: int) -> dict[str, Callable[[], Server]]:
     """How to start those that may be started again."""
-    from flows.servers import start_watcher, start_worker
+    from flows.servers import start_worker
 
-    found: dict[str, Callable[[], Server]] = {"worker": lambda: start_worker(settings, api, pool, limit)}
-    for line, source in inboxes.items():
-        found[f"watcher of {line}"] = lambda line=line, source=source: start_watcher(settings, api, source, line)  # type: ignore[misc]
-    return found
+    return {"worker": lambda: start_worker(settings, api, pool, limit)}
+
+
+def _watchers(
+    settings: Settings, api: str, inboxes: dict[str, str], secret_file: str | None, wanted: int
+) -> dict[str, Callable[[], Server]]:
+    """A process for each inbox, or one for all that also listens."""
+    from flows.servers import LOOPBACK, free_port, start_watcher, start_webhook
+
+    if secret_file is None or not inboxes:
+        return {
+            f"watcher of {line}": lambda line=line, source=source: start_watcher(settings, api, source, line)  # type: ignore[misc]
+            for line, source in inboxes.items()
+        }
+    from flows.deliveries import secrets_of
+
+    secrets_of(secret_file, None)  # before anything is started: a file that is not there is said at once
+    secret, port = os.path.abspath(secret_file), free_port(LOOPBACK, wanted)
+    console.print(f"webhook  http://{LOOPBACK}:{port}/s3 and /mlflow")
+    return {"webhook": lambda: start_webhook(settings, api, inboxes, port, secret)}
 
 
 def _attend(children: dict[str, Server], makers: dict[str, Callable[[], Server]], lost: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ DeltaworksError
 ├── Damaged          an object is there but is not what its name says: restore it, never use it
 ├── InvalidInput     what was given cannot work: change it (also a ValueError)
 │   └── Mismatch     two things that must fit do not: expected this, found that
+├── Unanswered       a question to a model could not be asked: see that its data is there, or ask another
 ├── Conflict         somebody else was faster, or history says otherwise: look, then choose
 └── StoreFull        no room to write: free some, then run again
 """
@@ -54,6 +55,10 @@ class Mismatch(InvalidInput):
 
     def __init__(self, what: str, *, expected: object, found: object, remedy: str = "") -> None:
         super().__init__(f"{what}: expected {expected}, found {found}", remedy=remedy)
+
+
+class Unanswered(DeltaworksError):
+    """The exam of a line could not be held: that is no fault of what is examined."""
 
 
 class Conflict(DeltaworksError):

@@ -43,8 +43,8 @@ class Event:
     task:      what the line's journal will call it; `weight`: how much it will count (submit)
     by:        who works on it (start)
     entry:     number of the line's entry that holds it (merge)
-    kind, why: of which kind the trouble was, and the reason in words
-    policy:    how submissions become updates: `extract` and `codec`, as their specs (policy)
+    kind, why: of which kind the trouble was, and the reason in words; of a merge, what the line's gate said of it
+    policy:    how submissions become updates: `extract` and `codec`, as their specs; `exam`: what merges are asked
     """
 
     number: int

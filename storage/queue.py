@@ -89,9 +89,10 @@ class Queue:
         """Give it back, to be tried again: nothing was wrong with it. False if it is no longer running."""
         return self._append("release", self._unless("release", content, {"why": _short(why)}))
 
-    def merge(self, content: str, entry: int) -> bool:
-        """Note that entry `entry` of the line holds it. False if that was known."""
-        return self._append("merge", self._unless("merge", content, {"entry": entry}))
+    def merge(self, content: str, entry: int, kind: str = "", why: str = "") -> bool:
+        """Note that entry `entry` of the line holds it, and what the line's gate said. False if that was known."""
+        said = {"kind": kind, "why": _short(why)}
+        return self._append("merge", self._unless("merge", content, {"entry": entry, **said}))
 
     def quarantine(self, content: str, kind: str, why: str) -> bool:
         """Put it aside: it can never be merged as it is. False if it is merged, or put aside already."""

@@ -99,7 +99,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     if index.exists():
         try:
             shards = {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InvalidInput(f"{index} is not a shard index: {error!r}") from error
         outside = sorted(path for path in shards.values() if path.parent != folder or path.name == "..")
         if outside:

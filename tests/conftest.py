@@ -50,3 +50,13 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database with nothing in it: making its tables takes seconds, which one test pays for all."""
+    from storage.registry import Registry
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    Registry(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    return folder / "mlflow.db"

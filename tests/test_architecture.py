@@ -40,7 +40,7 @@ FOLDERS = {
 FAMILIES = {**FOLDERS, "heads": AnyHead, "bases": AnyBase}
 DOORS = {
     "prefect": ("flows/",),
-    "mlflow": ("storage/registry.py",),
+    "mlflow": ("storage/registry",),
     "boto3": ("storage/s3",),
     "botocore": ("storage/s3",),
 }

@@ -21,6 +21,7 @@ from flows.deploy_command import registered
 from flows.deployments import give_up_lost, planned
 from flows.notices import announce_waiting
 from flows.pending import take_in
+from flows.pools import Pool
 from flows.schedules import When
 from flows.workplace import here
 from storage.queue import Queue
@@ -47,7 +48,7 @@ def ask(path: str, body: dict[str, Any]) -> Any:
 def deployments(pool: str) -> dict[str, dict[str, Any]]:
     """What is registered for a pool, by full name, without what differs from one registration to the next."""
     flows = {one["id"]: one["name"] for one in ask("/flows/filter", {})}
-    kept = ("entrypoint", "parameters", "tags", "work_queue_name", "parameter_openapi_schema")
+    kept = ("entrypoint", "parameters", "tags", "work_queue_name", "parameter_openapi_schema", "job_variables")
     found = {}
     for one in ask("/deployments/filter", {}):
         if one["work_pool_name"] == pool:
@@ -124,7 +125,7 @@ def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("api")
 def test_an_event_starts_a_run_of_its_line_with_what_it_says(tmp_path: Path) -> None:
     base = open_line(tmp_path, "beta")
-    registered(["beta", "gamma"], {}, When(merge_every=None, tidy_at=None), "pool-b")
+    registered(["beta", "gamma"], {}, When(merge_every=None, tidy_at=None), Pool("pool-b"))
     queue = Queue(here().store.objects, "beta")
     queue.submit("b" * 64, "s3://models/inbox/run", base, "run", 2.5)
     assert announce_waiting(queue) == 1
@@ -150,8 +151,8 @@ def await_runs(flow: str, deployment: str, patience: float = 40) -> list[dict[st
 
 def test_runs_of_a_machine_that_went_down_are_ended(api: str) -> None:
     """What waits is left alone, and so is what another pool runs."""
-    registered(["zeta"], {}, When(merge_every=None, tidy_at=None), "pool-c")
-    registered(["eta"], {}, When(merge_every=None, tidy_at=None), "pool-d")
+    registered(["zeta"], {}, When(merge_every=None, tidy_at=None), Pool("pool-c"))
+    registered(["eta"], {}, When(merge_every=None, tidy_at=None), Pool("pool-d"))
     with get_client(sync_client=True) as client:
         runs = []
         for name, state in (("zeta", Running()), ("zeta", Pending()), ("zeta", None), ("eta", Running())):
@@ -178,7 +179,7 @@ def test_infra_says_the_same(api: str, tmp_path: Path) -> None:
         "--prefect-file",
         "infra/prefect.yaml",
     ]
-    registered(["delta"], {"delta": "s3://models/inbox"}, When(), "deltaworks")
+    registered(["delta"], {"delta": "s3://models/inbox"}, When(), Pool("deltaworks"))
     ours, events = deployments("deltaworks"), automations("delta")
     before = {one["id"] for one in ask("/deployments/filter", {})}
     environment = {"DELTAWORKS_LINE": "delta", "DELTAWORKS_INBOX": "s3://models/inbox", "PYTHONPATH": str(ROOT)}

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import pending
+from flows import examining, pending
 from flows.notices import QUARANTINED, announce_waiting
 from flows.pending import Folded
 from flows.service import merge_pending
@@ -24,7 +24,6 @@ from storage.errors import Missing, Unavailable
 from storage.lines import Line
 from storage.queue import Queue
 from storage.refs import CheckpointRef
-from storage.registry import Registry
 from storage.verify import verify, verify_lines
 from tasks.compress import compress_update
 from tasks.extract import Extract, extract_update
@@ -40,14 +39,6 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([__name__])
 
 pytestmark = [pytest.mark.usefixtures("prefect_server", "home"), pytest.mark.filterwarnings("ignore:.*is_gradient")]
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database with nothing in it: making its tables takes seconds, which one test pays for all."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    Registry(f"sqlite:///{folder / 'mlflow.db'}", folder)
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -233,7 +224,7 @@ def dying(death: str, home: str, api: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    pending.run_now = deadly
+    pending.run_now = examining.run_now = deadly
     with temporary_settings({PREFECT_API_URL: api}):
         merge_pending(LINE)
 

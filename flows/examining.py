@@ -1,0 +1,133 @@
+"""Examining: what the exam of a line says of a merge. Every answer follows from the journals, so it may be asked again.
+
+The champion is the newest merge of the queue that passed and is still in the line. As long as there is none, a merge
+is held against what the line was without it: the model before it, or the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from configs.exam import Exam, exam_of
+from flows import steps
+from flows.policy import run_now
+from flows.workplace import here
+from storage.errors import InvalidInput, Unanswered
+from storage.lines import Entry, Line
+from storage.queue import Queue
+from storage.refs import CheckpointRef, ScoresRef
+from storage.registry import ModelVersion
+from tasks.evaluate import Summary, leading, outcomes_of, retention
+from tasks.gate import Standing, Verdict, judge
+
+PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was judged
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a merge came to. `verdict` is None without a gate."""
+
+    model: CheckpointRef
+    scores: ScoresRef
+    summary: Summary
+    verdict: Verdict | None
+
+    @property
+    def noted(self) -> tuple[str, str]:
+        """The kind and the reason under which a queue keeps it."""
+        if self.verdict is None:
+            return "", ""
+        return (PASSED, "") if self.verdict.passed else (FAILED, "; ".join(self.verdict.reasons))
+
+
+class Examiner:
+    """Asks the merges of one line."""
+
+    def __init__(self, exam: Exam, queue: Queue, journal: Line) -> None:
+        self._exam, self._queue, self._line = exam, queue, journal.name
+
+    def examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
+        """`before`: the folds that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
+        try:
+            return self._examine(before, merged)
+        except InvalidInput as error:
+            raise Unanswered(
+                f"the exam of line {self._line!r} cannot be held on {merged.task!r}: {error}",
+                remedy=f"Its data must be there for the worker; `deltaworks line policy {self._line} --exam FILE` "
+                "sets another one",
+            ) from error
+
+    def lets_in(self, found: Examined) -> bool:
+        gate = self._exam.gate
+        return gate is None or gate.on_failure != "leave_out" or found.verdict is None or found.verdict.passed
+
+    def register_left_out(self, before: Sequence[Entry], merged: Entry, found: Examined) -> ModelVersion:
+        """A version with the reasons, for people to look at; it is no part of the line."""
+        return register_examined(self._line, [*before, merged], found, left_out=True)
+
+    def _examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
+        model = written(self._line, merged)
+        scores, standing = self._standing(merged.task, model, merged.base)
+        values = list(standing.scores.values())
+        summary = Summary(fmean(values), min(values), None, None, None, standing.retained)
+        verdict = None
+        if self._exam.gate is not None:
+            verdict = judge(self._exam.gate, standing, self._champion(before, merged), {})
+        return Examined(model, scores, summary, verdict)
+
+    def _champion(self, before: Sequence[Entry], merged: Entry) -> Standing | None:
+        """What the model reaches that a merge is held against; None if its state was removed from the store."""
+        passed = {one.entry for one in self._queue.submissions() if one.state == "merged" and one.kind == PASSED}
+        champion = next((one for one in reversed(before) if one.number in passed and one.action == "fold"), None)
+        against = champion or (before[-1] if before else None)
+        if against is None:
+            return self._standing("the base", merged.base, merged.base)[1]
+        if against.state is None or not here().store.has(against.state):
+            return None
+        return self._standing(f"{against.task}, the champion", written(self._line, against), merged.base)[1]
+
+    def _standing(self, name: str, model: CheckpointRef, base: CheckpointRef) -> tuple[ScoresRef, Standing]:
+        scores = run_now(steps.evaluate, f"{self._line}: evaluate {name}", model, list(self._exam.suites), base)
+        found = here().store.open(scores)
+        return scores, Standing(leading(found), outcomes_of(found), self._retained(name, model, base))
+
+    def _retained(self, name: str, model: CheckpointRef, base: CheckpointRef) -> float | None:
+        if not self._exam.retained:
+            return None
+        reached = []
+        for label, one in ((name, model), ("the base", base)):
+            about = f"{self._line}: evaluate abilities of {label}"
+            found = run_now(steps.evaluate, about, one, list(self._exam.retained), base)
+            reached.append(leading(here().store.open(found)))
+        return retention(*reached)
+
+
+def examiner_of(queue: Queue, journal: Line) -> Examiner | None:
+    """The examiner of a line, if its policy has an exam."""
+    exam = exam_of(queue.policy(), journal.name)
+    return None if exam is None else Examiner(exam, queue, journal)
+
+
+def written(line: str, entry: Entry) -> CheckpointRef:
+    """The model of an entry, written unless it is there."""
+    inputs: tuple[Any, ...] = (
+        (entry.base, entry.state) if entry.factor == 1 else (entry.base, entry.state, entry.factor)
+    )
+    model: CheckpointRef = run_now(steps.materialize, f"{line}: write {entry.task}", *inputs)
+    return model
+
+
+def register_examined(
+    line: str, entries: Sequence[Entry], found: Examined | None, *, left_out: bool = False
+) -> ModelVersion:
+    """The version of the last of `entries`, with what its exam said, if it had one."""
+    last = entries[-1]
+    if found is None:
+        inputs: tuple[Any, ...] = (written(line, last),)
+    else:
+        inputs = (found.model, found.scores, found.summary, found.verdict, left_out)
+    version: ModelVersion = run_now(steps.register, f"{line}: register {last.task}", line, line, list(entries), *inputs)
+    return version

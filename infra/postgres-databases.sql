@@ -1,0 +1,2 @@
+-- Postgres makes the database `prefect` by itself (POSTGRES_DB); MLflow has one of its own.
+CREATE DATABASE mlflow;
