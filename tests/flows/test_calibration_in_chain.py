@@ -45,6 +45,7 @@ def test_a_chain_calibrates_on_the_tasks_examples(codec: AnyCodec) -> None:
     assert run(codec)[0].prepared == outcome.prepared
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_other_examples_are_another_content() -> None:
     outcome, task = run(PACK)

@@ -23,6 +23,7 @@ def run(codec: AnyCodec, line: str) -> Outcome:
     return chain(replace(config, tasks=config.tasks[:2], codec=codec, lines=(LineConfig(line, Average()),)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_every_codec_by_one_setting() -> None:
     store = here().store
@@ -55,7 +56,10 @@ def test_exact_updates_give_the_tuned_checkpoint_and_the_same_merge() -> None:
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     "codec",
-    [Ternary(density=0.05, alpha="grid"), Auto(drop=0.02, codecs=(Ternary(density=0.2),))],
+    [
+        pytest.param(Ternary(density=0.05, alpha="grid"), marks=pytest.mark.slow),
+        Auto(drop=0.02, codecs=(Ternary(density=0.2),)),
+    ],
     ids=["grid", "drop"],
 )
 def test_a_codec_is_chosen_on_examples_of_each_task(codec: AnyCodec) -> None:

@@ -127,6 +127,7 @@ def test_a_merge_that_fails_is_left_out_until_the_gate_changes(count: Count, tmp
     assert aliases(line.name)[CHAMPION] == aliases(line.name)["head"] == loose.last.version.version
 
 
+@pytest.mark.slow
 def test_a_chain_stops_where_a_merge_fails() -> None:
     with pytest.raises(InvalidInput, match="stops the chain at 'invert': 'rot90' reaches") as caught:
         chain(gated(of_alone=0.95, on_failure="stop"))
@@ -135,6 +136,7 @@ def test_a_chain_stops_where_a_merge_fails() -> None:
     assert only(gated(of_alone=None, on_failure="stop")).last.version.version == 4
 
 
+@pytest.mark.slow
 def test_the_champion_is_measured_on_the_newest_task_too(count: Count) -> None:
     config = gated(of_alone=None)
     gate = Gate(average_drop=0.0, significance=0.05)
@@ -163,6 +165,7 @@ def test_what_is_left_of_the_base_is_told_and_asked() -> None:
     assert run.data.metrics["retained"] == pytest.approx(line.last.summary.retained)
 
 
+@pytest.mark.slow
 def test_all_steps_of_a_first_run_are_counted(count: Count) -> None:
     suite = ImageClassification(Digits(limit=50), ClassMeans())
     config = gated(of_alone=None, abilities=(Ability("upright", suite),))

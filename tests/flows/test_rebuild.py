@@ -128,6 +128,7 @@ def test_another_method_and_order_give_the_refs_of_a_line_grown_that_way(
     assert list(show_artifact(store.open(entry.state)))
 
 
+@pytest.mark.slow
 def test_without_an_update_and_then_on_with_its_chain(line: Line, count: Count) -> None:
     newest = chain(config("rot90", "invert", "permute")).lines[0].last.version.version
     count.labels.clear()

@@ -11,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from storage.address import open_objects
 from storage.artifacts import ArtifactStore
 from storage.lines import Line
@@ -45,7 +47,8 @@ def fold(url: str, update: UpdateRef, last: int) -> None:
     join_line(Line(store.objects, "main"), update, store, budget=Budget(workers=1))
 
 
-def test_at_every_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_at_every_step(stride: int, tmp_path: Path) -> None:
     contest = Contest(f"file://{tmp_path}/whole", 2, Recipe(Opcm()))
     store = contest.store()
     line = Line(store.objects, "main")
@@ -53,7 +56,7 @@ def test_at_every_step(tmp_path: Path) -> None:
     join_line(line, contest.updates[0], store)
     shutil.copytree(tmp_path / "whole", tmp_path / "begun")
     wanted = join_line(line, contest.updates[1], store).entry.state
-    for last in count():
+    for last in count(step=stride):
         folder = tmp_path / f"killed-{last}"
         shutil.copytree(tmp_path / "begun", folder)
         process = _SERVER.Process(target=fold, args=(f"file://{folder}", contest.updates[1], last))

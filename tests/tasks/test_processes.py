@@ -138,6 +138,7 @@ def killed(folder: Path, case: str) -> None:
     assert child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(tmp_path: Path) -> None:
     """Its processes end with the one that waits for them. The result is that of one process, undisturbed."""
     killed(tmp_path, "ddp")
