@@ -6,8 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -47,6 +49,10 @@ class Mlflow:
 
     def kill(self) -> None:
         assert self._server is not None
+        with suppress(psutil.Error):  # its workers first: they would go on answering for a while without it
+            for one in psutil.Process(self._server._child.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    one.kill()
         self._server._child.kill()
         self._server._child.wait()
         deadline = time.monotonic() + 20  # its own children notice, and free the port
