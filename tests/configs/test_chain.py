@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from configs.chain import PRESETS, dump_chain, load_chain, parse_chain, presets
+from configs.exam import load_exam
 from configs.settings import Settings
 from storage.errors import InvalidInput
 from tasks.mergers import Opcm
@@ -34,9 +35,9 @@ def test_all_presets_are_there() -> None:
     assert len(load_chain("clip-vit-b32-8tasks").tasks) == 8
 
 
-def test_the_readmes_chain_is_valid() -> None:
+def test_the_readmes_chain_is_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    chain, tuners, lines, retained = (yaml.safe_load(block) for block in blocks)
+    chain, tuners, lines, retained, _ = (yaml.safe_load(block) for block in blocks)
     config = parse_chain(chain)
     assert isinstance(config.lines[0].merger, Opcm)
     several = parse_chain({**chain, **lines})
@@ -45,6 +46,10 @@ def test_the_readmes_chain_is_valid() -> None:
     assert lora == Lora(rank=16, rslora=True, targets=("q_proj", "v_proj"), steps=500, learning_rate=2e-4)
     assert full.optimizer == Galore(rank=128)
     assert parse_chain({**chain, **retained}).retained[0].name == "upright"
+    (tmp_path / "exam.yaml").write_text(blocks[-1])
+    exam = load_exam(tmp_path / "exam.yaml", "support")
+    assert exam.gate is not None
+    assert (exam.suites[0].name, exam.gate.on_failure) == ("sums", "leave_out")
 
 
 @pytest.mark.parametrize(
