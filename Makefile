@@ -4,7 +4,7 @@
 #   make lint       format, types, import directions                    make bench     speed and memory, as ratios
 #   make bench-merge  merging beside fusion_bench and mergekit, quality of every merger (half an hour)
 #   make bench-compress  codecs beside zstd, zipnn and others: bytes, speed, quality (ten minutes)
-#   make bench-finetune  training beside the plain Trainer; which tuner merges best (half an hour)
+#   make bench-finetune  training beside the plain Trainer; which tuner merges best, of images and texts (an hour)
 #   make bench-store  the store beside boto3, obstore and cp: a folder and a real S3 server (ten minutes)
 #   make clean      remove what the targets made; models stay (rm -r .deltaworks forgets them too)
 
@@ -51,6 +51,8 @@ bench-compress: .venv/.dev
 bench-finetune: .venv/.dev
 	.venv/bin/python -m tests.benchmarks.training
 	DELTAWORKS_HOME=.deltaworks/bench .venv/bin/deltaworks report mergeability --to tests/benchmarks/results
+	.venv/bin/python -m tests.benchmarks.texts
+	DELTAWORKS_HOME=.deltaworks/bench .venv/bin/deltaworks report mergeability mergeability-text --to tests/benchmarks/results
 
 # PARTS="s3 directory" likewise; SMALL=1 in seconds; obstore takes part where it is installed
 bench-store: .venv/.dev
