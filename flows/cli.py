@@ -12,24 +12,30 @@ from typing import Annotated
 
 import typer
 
-from flows.champion_commands import champions, promote, rollback
-from flows.codec_commands import codecs, compress
-from flows.deploy_command import deploy
-from flows.export_command import export
-from flows.inspect_command import inspect
-from flows.line_commands import line_app
-from flows.line_fold import line_fold
-from flows.line_open import line_open
-from flows.merge_command import merge
-from flows.policy_command import line_policy
-from flows.queue_commands import line_discard, line_requeue, line_status
-from flows.report_commands import report_app
-from flows.room_commands import du, pin, pins, prune, unpin
-from flows.series_commands import series_app
-from flows.similarity_command import similarity
-from flows.store_command import store_app
-from flows.submit_command import merge_pending, submit
-from flows.table_command import table
+from flows.commands.champions import champions, promote, rollback
+from flows.commands.codecs import codecs, compress
+from flows.commands.deploy import deploy
+from flows.commands.export import export
+from flows.commands.inspect_update import inspect
+from flows.commands.line_fold import line_fold
+from flows.commands.line_open import line_open
+from flows.commands.lines import line_app
+from flows.commands.merge import merge
+from flows.commands.policy import line_policy
+from flows.commands.queues import line_discard, line_requeue, line_status
+from flows.commands.reports import report_app
+from flows.commands.rooms import du, pin, pins, prune, unpin
+from flows.commands.series import series_app
+from flows.commands.similarity import similarity
+from flows.commands.store import store_app
+from flows.commands.submit import merge_pending, submit
+from flows.commands.table import table
+from flows.commands.transfer import copy, line_export, line_import, mirror
+from flows.commands.tuners import tuners
+from flows.commands.up import up
+from flows.commands.verify import verify
+from flows.commands.watch import watch
+from flows.commands.webhook import webhook
 from flows.terminal import (
     Memory,
     Quiet,
@@ -40,12 +46,6 @@ from flows.terminal import (
     errors_explained,
     open_workplace,
 )
-from flows.transfer_commands import copy, line_export, line_import, mirror
-from flows.tuner_command import tuners
-from flows.up_command import up
-from flows.verify_command import verify
-from flows.watch_command import watch
-from flows.webhook_command import webhook
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from zoneinfo import available_timezones
 
-from flows.watch_command import seconds
+from flows.words import interval
 from storage.errors import InvalidInput
 
 NEVER = "never"
@@ -35,5 +35,5 @@ def schedules(merge_every: str, tidy_at: str, zone: str) -> When:
             remedy="Write minute, hour, day, month and weekday, like '0 3 * * 0', or never",
         )
     return When(
-        None if merge_every == NEVER else seconds(merge_every), None if tidy_at == NEVER else " ".join(fields), zone
+        None if merge_every == NEVER else interval(merge_every), None if tidy_at == NEVER else " ".join(fields), zone
     )

@@ -1,4 +1,4 @@
-"""Words about stores that several commands share: sizes and ages as people write them, and what is registered."""
+"""Words that several commands share: times and sizes as people write them, stores by address, what is registered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from storage.artifacts import ArtifactStore
     from storage.refs import Ref
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 
 
 def seconds(text: str) -> float:
@@ -21,6 +21,14 @@ def seconds(text: str) -> float:
     if match is None or (not match[2] and float(match[1]) != 0):
         raise InvalidInput(f"{text!r} is not a time", remedy="Write it like 7d, 12h or 30m; 0 for none")
     return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def interval(text: str) -> float:
+    """`5s`, `500ms` or `2m` in seconds, more than none; a plain number is seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise InvalidInput(f"{text!r} is no time", remedy="Write it like 5s, 500ms or 2m")
+    return float(found[1]) * _UNITS[found[2] or "s"]
 
 
 def size(count: float) -> str:

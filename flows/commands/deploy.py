@@ -10,7 +10,7 @@ import typer
 from flows.pools import IMAGE, KINDS, Pool, ensure_pool, ensure_queues, set_gpu_slots
 from flows.schedules import schedules
 from flows.terminal import called, console, errors_explained, open_workplace
-from flows.watch_command import seconds
+from flows.words import interval
 from storage.errors import InvalidInput, Missing, Unavailable
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def deploy(
     """
     with errors_explained():
         where = wanted_pool(pool, pool_type, image)
-        when, patience = schedules(merge_every, tidy_at, zone), seconds(start_within)
+        when, patience = schedules(merge_every, tidy_at, zone), interval(start_within)
         if not os.environ.get("PREFECT_API_URL"):
             raise InvalidInput(
                 "PREFECT_API_URL is not set, and deployments belong to a Prefect server",

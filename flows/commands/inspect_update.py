@@ -78,13 +78,13 @@ def inspect(
                 report=lambda done, total, note: report(done, total),
             )
         if plot is not None:
-            from flows.inspect_picture import draw
+            from flows.commands.inspect_picture import draw
 
             draw(found, plot)
         if as_json:
             typer.echo(json.dumps(_as_json(found), indent=2))
             return
-        from flows.inspect_tables import tables
+        from flows.commands.inspect_tables import tables
 
         for part in tables(found, place.store.open(ref), console.width):
             console.print(part)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.queue_commands import Name
+from flows.commands.queues import Name
 from flows.terminal import console, errors_explained, open_workplace
 from storage.errors import InvalidInput
 

@@ -32,7 +32,7 @@ def du(
     with errors_explained():
         place = open_workplace()
         from flows.board import bar
-        from flows.store_words import registered
+        from flows.words import registered
         from storage.usage import usage
 
         with bar(console, "reading manifests", quiet or as_json) as report:
@@ -69,7 +69,7 @@ def prune(
     Examples:  deltaworks prune        deltaworks prune --states --grace 1d --yes
     """
     with errors_explained():
-        from flows.store_words import registered, seconds, size
+        from flows.words import registered, seconds, size
 
         least = seconds(grace)
         place = open_workplace()
@@ -151,7 +151,7 @@ def _usage_tables(found: Usage) -> Iterator[str | Table]:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from flows.store_words import size
+    from flows.words import size
     from storage.refs import short
 
     def table(title: str, first: str, rows: list[tuple[str, Share]]) -> Table:
@@ -189,7 +189,7 @@ def _usage_json(found: Usage) -> dict[str, object]:
 
 
 def _print_condemned(found: Condemned, wishes: Wishes) -> None:
-    from flows.store_words import size
+    from flows.words import size
     from storage.refs import short
 
     kept = f"{len(wishes.registered)} refs that registered models in MLflow name"

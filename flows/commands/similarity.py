@@ -76,7 +76,7 @@ def similarity(
             )
         labels = [label for label, _ in named]
         if plot is not None:
-            from flows.similarity_picture import draw
+            from flows.commands.similarity_picture import draw
 
             draw(found, labels, plot)
         if as_json:

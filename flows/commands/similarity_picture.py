@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from flows.similarity_command import colour_reach
+from flows.commands.similarity import colour_reach
 from tasks.similarity import Similarity
 
 _WRITTEN = 16  # updates up to which every cell says its number

@@ -36,7 +36,7 @@ def copy(
         *named, url = words
         store = open_workplace().store
         from flows.board import bar
-        from flows.store_words import other_store
+        from flows.words import other_store
         from storage.transfer import copy as send
 
         refs = [store.resolve(one) for one in named]
@@ -55,7 +55,7 @@ def mirror(url: Url, as_json: Json = False, quiet: Quiet = False) -> None:
     with errors_explained():
         store = open_workplace().store
         from flows.board import bar
-        from flows.store_words import other_store
+        from flows.words import other_store
         from storage.transfer import mirror as send
 
         with bar(console, "copying objects", quiet or as_json) as report:
@@ -80,7 +80,7 @@ def line_export(
     with errors_explained():
         store = open_workplace().store
         from flows.board import bar
-        from flows.store_words import size
+        from flows.words import size
         from storage.archive import export_line
 
         with bar(console, "writing objects", quiet) as report:
@@ -103,7 +103,7 @@ def line_import(
     with errors_explained():
         store = open_workplace().store
         from flows.board import bar
-        from flows.store_words import size
+        from flows.words import size
         from storage.archive import import_line
 
         with bar(console, "reading objects", quiet) as report:
@@ -113,7 +113,7 @@ def line_import(
 
 
 def _say(sent: Sent, as_json: bool) -> None:
-    from flows.store_words import size
+    from flows.words import size
 
     if as_json:
         typer.echo(json.dumps({**sent.__dict__, "left_out": dict(sent.left_out)}, indent=2))

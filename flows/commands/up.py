@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.deploy_command import POOL, GpuSlots, Inboxes, Lines, PoolName, chosen, registered, table, wanted_pool
+from flows.commands.deploy import POOL, GpuSlots, Inboxes, Lines, PoolName, chosen, registered, table, wanted_pool
 from flows.schedules import schedules
 from flows.terminal import console, errors_explained, open_workplace
 

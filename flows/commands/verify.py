@@ -44,7 +44,7 @@ def verify(
         place = open_workplace()
         refs, journals, broken = _chosen(place, ref, line)
         from flows.board import bar
-        from flows.store_words import other_store
+        from flows.words import other_store
         from storage.checked import Checked
         from storage.verify import damaged_journals, verify_and_repair
         from storage.verify import verify as check

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.terminal import called, console, errors_explained, open_workplace
+from flows.words import interval
 from storage.errors import InvalidInput
 
 if TYPE_CHECKING:
     from flows.watch import Bell
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def watch(
@@ -43,7 +41,7 @@ def watch(
                deltaworks watch models:/support-tuned --line support
     """
     with errors_explained():
-        pause = seconds(every)
+        pause = interval(every)
         open_workplace()
         from flows.watch import keep_watching
 
@@ -72,11 +70,3 @@ def _bell(sqs: str | None, once: bool) -> Bell | None:
     from storage.s3_queue import S3Queue
 
     return S3Queue(sqs)
-
-
-def seconds(text: str) -> float:
-    """`5s`, `500ms` or `2m` in seconds; a plain number is seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise InvalidInput(f"{text!r} is no time", remedy="Write it like 5s, 500ms or 2m")
-    return float(found[1]) * _UNITS[found[2] or "s"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.deploy_command import chosen
+from flows.commands.deploy import chosen
 from flows.terminal import console, errors_explained, open_workplace
-from flows.watch_command import seconds
+from flows.words import interval
 from storage.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def webhook(
         from flows.deliveries import Deliveries, secrets_of
 
         secrets = secrets_of(secret_file, os.environ.get("DELTAWORKS_WEBHOOK_SECRET"))
-        pause = seconds(every)
+        pause = interval(every)
         place = open_workplace()
         _, inboxes = chosen(place, [], inbox)
         from flows.webhook import Ringing, endpoint

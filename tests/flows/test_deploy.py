@@ -17,7 +17,7 @@ from prefect.states import Pending, Running
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.deploy_command import registered
+from flows.commands.deploy import registered
 from flows.deployments import give_up_lost, planned
 from flows.notices import announce_waiting
 from flows.pending import take_in

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows import inspect_command, inspect_picture
 from flows.cli import app
+from flows.commands import inspect_picture
+from flows.commands import inspect_update as command
 from storage.artifacts import ArtifactStore
 from storage.directory import DirectoryObjects
 from tasks.codecs import CODECS, Ternary
@@ -40,7 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("DELTAWORKS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DELTAWORKS_STORE", f"file://{tmp_path}/store")
     monkeypatch.setenv("DELTAWORKS_DEVICE", "cpu")
-    monkeypatch.setattr(inspect_command.console, "width", 80)
+    monkeypatch.setattr(command.console, "width", 80)
     return Place(tmp_path)
 
 

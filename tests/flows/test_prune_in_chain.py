@@ -11,7 +11,7 @@ from flows import progress
 from flows.chain import chain
 from flows.plan import plan_rebuild
 from flows.rebuild import rebuild
-from flows.store_words import registered
+from flows.words import registered
 from flows.workplace import here
 from storage.lines import Line
 from storage.refs import StateRef

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.store_words import seconds, size
+from flows.words import seconds, size
 from storage.artifacts import ArtifactStore
 from storage.checked import Checked
 from storage.directory import DirectoryObjects

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from flows import similarity_command, similarity_picture
 from flows.cli import app
+from flows.commands import similarity as command
+from flows.commands import similarity_picture
 from storage.artifacts import ArtifactStore
 from storage.directory import DirectoryObjects
 from storage.lines import Line
@@ -141,11 +142,11 @@ def test_labels_tell_updates_apart(place: Place) -> None:
 
 
 def test_no_number_is_cut_on_a_narrow_terminal(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity_command.console, "width", 30)
+    monkeypatch.setattr(command.console, "width", 30)
     found = compare(*place.updates, "--conflicts")
     assert found.exit_code == 0, found.output
     assert "…" not in found.stdout and "-1.000" in found.stdout and "changes" in found.stdout
-    assert similarity_command.console.width == 30
+    assert command.console.width == 30
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

@@ -15,7 +15,7 @@ from flows import watch as watching
 from flows.cli import app
 from flows.service import watch
 from flows.watch import keep_watching
-from flows.watch_command import seconds
+from flows.words import interval
 from flows.workplace import here
 from storage.errors import InvalidInput, Missing, Unavailable
 from storage.queue import Queue
@@ -53,13 +53,13 @@ def test_the_command_looks_until_nothing_changes(base: CheckpointRef, tmp_path: 
 
 @pytest.mark.parametrize(("text", "found"), [("5s", 5.0), ("500ms", 0.5), ("2m", 120.0), ("1.5 h", 5400.0), ("3", 3.0)])
 def test_times(text: str, found: float) -> None:
-    assert seconds(text) == found
+    assert interval(text) == found
 
 
 @pytest.mark.parametrize("text", ["", "s", "-1s", "0s", "5 days", "five"])
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(InvalidInput, match="is no time"):
-        seconds(text)
+        interval(text)
 
 
 @pytest.mark.usefixtures("prefect_server")

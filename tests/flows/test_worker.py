@@ -15,7 +15,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.deploy_command import registered
+from flows.commands.deploy import registered
 from flows.notices import announce_waiting
 from flows.pools import Pool
 from flows.schedules import When
