@@ -164,9 +164,10 @@ def test_the_store_is_away(tmp_path: Path, s3_url: str, monkeypatch: pytest.Monk
         check_end(tmp_path)
 
 
-def _until_done(start: Callable[[], object], runs: int = 10) -> None:
-    """What a schedule does: start a run again and again."""
-    for _ in range(runs):
+def _until_done(start: Callable[[], object], patience: float = 180.0) -> None:
+    """What a schedule does: start a run again and again. On a busy machine MLflow takes half a minute to start."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
         try:
             start()
         except Unavailable:
