@@ -278,7 +278,7 @@ TestLife = Life.TestCase
 
 
 def test_schedules_in_a_folder(tmp_path: Path) -> None:
-    """At least twelve, and more until six processes were killed: how many are still at work then depends on the disk."""
+    """Twelve, and more until six processes were killed: how many are still at work then depends on the disk."""
     killed = seed = 0
     while seed < 12 or killed < 6:
         assert seed < 60, f"of 60 schedules, {killed} processes were killed at work"
