@@ -15,6 +15,7 @@ from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
+from tasks.surroundings import surroundings
 
 
 def register(
@@ -52,6 +53,7 @@ def register(
         **({"scores": scores} if scores else {}),
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
+        **surroundings(),
     }
     start = _start(store, entry.update)
     if start is not None:
