@@ -11,7 +11,8 @@ from typing import Any
 
 from storage.errors import InvalidInput, Missing
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, parse_ref
-from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry, _mapped
+from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry
+from storage.registry_errors import mapped
 
 _PAGES = "#/models/{name}/versions/{number}"
 _RUNS = "#/experiments/{experiment}/runs/{run}"
@@ -70,7 +71,7 @@ class LineVersions:
 
     def all(self) -> list[LineVersion]:
         """Oldest first. Raises Missing if there is no such model."""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             if not self._client.search_registered_models(f"name = '{self.name}'"):
                 raise Missing(
                     f"there is no registered model {self.name!r}",
@@ -97,7 +98,7 @@ class LineVersions:
 
     def numbers(self, version: LineVersion) -> dict[str, float]:
         """Its scores and what they say of the line, under the names that MLflow shows: `average`, `accuracy/TASK`, …"""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             return {name: float(value) for name, value in self._client.get_run(version.run_id).data.metrics.items()}
 
     def page(self, version: LineVersion) -> str | None:
@@ -106,7 +107,7 @@ class LineVersions:
 
     def run_page(self, version: LineVersion) -> str | None:
         """Where a browser finds the run that made it."""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             experiment = self._client.get_run(version.run_id).info.experiment_id
         return self._at(_RUNS.format(experiment=experiment, run=version.run_id))
 
