@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, ttest_rel
 
 from tasks.choice import Choice, require
 
@@ -103,6 +102,8 @@ def paired_test(new: Sequence[float], old: Sequence[float]) -> float:
     Rows that are right or wrong: the exact sign test of McNemar on the rows that differ. Other outcomes: the paired
     t-test. 1 if no row differs.
     """
+    from scipy.stats import binomtest, ttest_rel
+
     found, known = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
     differs = found != known
     if not differs.any():

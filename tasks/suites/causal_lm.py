@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
@@ -22,6 +21,9 @@ from tasks.suites.base import Batch, Score, batches, first
 from tasks.suites.intervals import mean
 from tasks.suites.labels import require_columns
 from tasks.suites.texts import SHOWN, context, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # some chat templates write the day into the prompt; a task has no clock, so it is always the same day
 _NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput
@@ -29,6 +28,9 @@ from tasks.suites.answers import answering
 from tasks.suites.base import Batch, Score
 from tasks.suites.intervals import mean, share
 from tasks.suites.texts import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SEED = 1234  # of few-shot examples, as the harness draws them by itself
 _DRAWS = 200  # of the harness's own bootstrap, for metrics that are no mean over the samples

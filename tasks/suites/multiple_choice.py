@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
@@ -24,6 +23,9 @@ from tasks.suites.base import Batch, Score, first
 from tasks.suites.intervals import share
 from tasks.suites.labels import require_columns
 from tasks.suites.texts import SHOWN, context, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
