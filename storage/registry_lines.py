@@ -110,9 +110,37 @@ class LineVersions:
             experiment = self._client.get_run(version.run_id).info.experiment_id
         return self._at(_RUNS.format(experiment=experiment, run=version.run_id))
 
+    def stage_pages(self, version: LineVersion) -> dict[str, str]:
+        """Stage -> where a browser finds its run, `""` being the version itself; empty where no server is known."""
+        first = self.page(version)
+        if first is None:
+            return {}
+        with _mapped(self._registry.tracking):
+            experiment = self._client.get_run(version.run_id).info.experiment_id
+            inside = f"tags.`mlflow.parentRunId` = '{version.run_id}'"
+            runs = self._client.search_runs([experiment], inside, max_results=100)
+        pages = {str(run.data.tags.get("stage", "")): str(run.info.run_id) for run in runs}
+        found = {stage: self._at(_RUNS.format(experiment=experiment, run=run)) or "" for stage, run in pages.items()}
+        return {**found, "": first}
+
     def _at(self, page: str) -> str | None:
         address = self._registry.tracking
         return f"{address.rstrip('/')}/{page}" if address.startswith("http") else None
+
+
+class RunFiles:
+    """Small files beside the numbers of a run, such as pictures."""
+
+    def __init__(self, registry: Registry, run_id: str) -> None:
+        self._registry, self._run = registry, run_id
+
+    def names(self) -> list[str]:
+        with _mapped(self._registry.tracking):
+            return [str(one.path) for one in self._registry._client.list_artifacts(self._run)]
+
+    def write(self, name: str, text: str) -> None:
+        with _mapped(self._registry.tracking):
+            self._registry._client.log_text(self._run, text, name)
 
 
 def named_version(text: str) -> tuple[str, str | None]:
