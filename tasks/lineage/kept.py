@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 
 from storage.artifacts import ArtifactStore
-from storage.errors import Unavailable
 from storage.lines import Entry
 from storage.registry import ModelVersion, Registry
 from storage.registry_lines import LineVersions, RunFiles
@@ -21,8 +20,8 @@ PAGE, PICTURE = "lineage.html", "lineage.svg"
 def keep_lineage(made: ModelVersion, entries: Sequence[Entry], store: ArtifactStore, registry: Registry) -> bool:
     """Write the files of a version unless they are there; whether they were written.
 
-    `entries`: the folds that made it. The version is registered by then, and is worth more than its page: what goes
-    wrong here is said and left for the next run. Only a registry that does not answer is the caller's to try again.
+    `entries`: the folds that made it. The version is registered by then, and is worth more than its page: whatever goes
+    wrong here, a full disk or a store of files that does not answer, is said and left for the next run.
     """
     files = RunFiles(registry, made.run_id)
     try:
@@ -37,8 +36,6 @@ def keep_lineage(made: ModelVersion, entries: Sequence[Entry], store: ArtifactSt
         html = page(lineage, measure(lineage, store, LIGHT), one.description)
         files.write(PICTURE, svg(lineage))
         files.write(PAGE, html)  # last: it says that both are there
-    except Unavailable:
-        raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         logging.getLogger(__name__).warning(
