@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from storage.errors import InvalidInput, Missing
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, parse_ref
 from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry, _mapped
 
-_PAGES = "#/models/{name}/versions/{number}"
-_RUNS = "#/experiments/{experiment}/runs/{run}"
+# without the last word MLflow shows its pages for agents, in which a model's version is an agent's
+_PAGES = "#/models/{name}/versions/{number}?workflowType=machine_learning"
+_RUNS = "#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class LineVersions:
 
     def page(self, version: LineVersion) -> str | None:
         """Where a browser finds it; None where no MLflow server is known, only its database."""
-        return self._at(_PAGES.format(name=version.name, number=version.number))
+        return self._at(_PAGES.format(name=quote(version.name, safe=""), number=version.number))
 
     def run_page(self, version: LineVersion) -> str | None:
         """Where a browser finds the run that made it."""

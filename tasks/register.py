@@ -77,7 +77,9 @@ def register(
         ref: costs[ref] for ref in [*(stage.ref for stage in stages), entry.base, *measured] if costs and ref in costs
     }
     if told:
-        tags[COST] = canonical({ref: [cost.get("seconds"), cost.get("device")] for ref, cost in told.items()}).decode()
+        tags[COST] = canonical(
+            {short(ref): [one.get("seconds"), one.get("device")] for ref, one in told.items()}
+        ).decode()
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)

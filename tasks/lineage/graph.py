@@ -37,7 +37,10 @@ def lineage_of(
     costs: Mapping[str, Mapping[str, Any]],
     version: Known | None = None,
 ) -> Lineage:
-    """The graph of `merges`, the last of the line itself being the version. `costs`: ref -> seconds and device."""
+    """The graph of `merges`, the last of the line itself being the version.
+
+    `costs`: ref, cut short as people write it -> seconds and device.
+    """
     inside = [one for one in merges if not one.aside]
     last = inside[-1].entry
     accuracy = accuracy_of([(one.entry, one.model) for one in inside], last.base, _tuned_of(inside, store), scored)
@@ -231,7 +234,10 @@ class _Drawing:
         if name in self.nodes:
             return
         known = {key: value for key, value in figures.items() if value is not None}
-        known |= {key: value for key, value in self._costs.get(name, {}).items() if value is not None}
+        known |= self._costs.get(short(name), {})
+        evaluated = [self._costs.get(short(ref), {}).get("seconds") for ref in self._scored.refs(name)]
+        took = [seconds for seconds in evaluated if seconds is not None]
+        known |= {"evaluation seconds": sum(took)} if took else {}
         real = kind != "data" and not name.startswith("model/")
         if stored is False:
             notes = [*notes, "no longer in the store: pruned"]

@@ -81,9 +81,10 @@ def page(lineage: Lineage, measures: Measures, description: str = "") -> str:
 
 def as_json(lineage: Lineage, measures: Measures) -> dict[str, Any]:
     """The same data for programs."""
-    bars = [{"kind": one.kind, "count": one.count, **_totals(lineage.of_kind(one.kind))} for one in stages(lineage)]
-    found = asdict(measures)
-    measured = {"similarity": found["alike"], "layers": found["layers"], "missing": dict(measures.missing)}
+    kinds = [one.kind for one in stages(lineage) if one.name == words.NAMES[one.kind]]
+    bars = [{"kind": kind, "count": len(found := lineage.of_kind(kind)), **_totals(found)} for kind in kinds]
+    told = asdict(measures)
+    measured = {"similarity": told["alike"], "layers": told["layers"], "missing": dict(measures.missing)}
     return {**lineage.as_json(), "stages": bars, **measured}
 
 
@@ -205,7 +206,13 @@ def stages(lineage: Lineage) -> list[Bar]:
             ", ".join(one["devices"]),
         )
         for kind, one in totals.items()
-    ]
+    ] + _evaluations(lineage)
+
+
+def _evaluations(lineage: Lineage) -> list[Bar]:
+    """What evaluating all of them took; scores take next to nothing in the store."""
+    took = [node.figures["evaluation seconds"] for node in lineage.nodes if "evaluation seconds" in node.figures]
+    return [Bar("evaluation", "model", len(took), "", 0.0, words.duration(sum(took)), "")] if took else []
 
 
 def _totals(nodes: Sequence[Node]) -> dict[str, Any]:

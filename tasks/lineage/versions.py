@@ -82,15 +82,20 @@ def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore) -> 
 
 
 def costs_of(versions: Sequence[LineVersion]) -> dict[str, dict[str, Any]]:
-    """Ref -> what making it cost, as the versions say: `seconds` and `device`."""
+    """Ref, cut short -> what making it cost, as the versions say: `seconds` and `device`."""
     found: dict[str, dict[str, Any]] = {}
     for one in versions:
         try:
             told = json.loads(one.tags.get(COST, "{}"))
-            found |= {str(ref): {"seconds": float(cost[0]), "device": str(cost[1])} for ref, cost in told.items()}
+            found |= {str(ref): _cost(*cost) for ref, cost in told.items()}
         except (ValueError, TypeError, IndexError, AttributeError):  # cut short, because it was too long for a tag
             continue
     return found
+
+
+def _cost(seconds: float | None, device: str | None) -> dict[str, Any]:
+    found = {"seconds": None if seconds is None else float(seconds), "device": device}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _known(version: LineVersion, pages: Mapping[str, str]) -> Known:

@@ -33,6 +33,7 @@ _LABELS = {
     "worst": "worst task",
     "bytes": "size",
     "seconds": "took",
+    "evaluation seconds": "evaluation took",
     "ratio": "smaller than bfloat16",
 }
 
@@ -66,7 +67,7 @@ def figure(name: str, value: Any) -> str:
         return f"{100 * value:.1f} %"
     if name == "bytes":
         return size(value)
-    if name == "seconds":
+    if name.endswith("seconds"):
         return duration(value)
     if name == "ratio":
         return f"{value:.1f} ×"

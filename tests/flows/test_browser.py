@@ -183,7 +183,7 @@ def test_the_run_in_mlflow_and_its_page_inside(seen: Seen, tab: Page) -> None:
     text = tab.wait_text(f"{seen.name} 2: invert", "forgetting")
     assert seen.name in text
     shot(tab, "mlflow-run")
-    tab.open(f"{run}/artifacts/{PAGE}")
+    tab.open(run.replace("?", f"/artifacts/{PAGE}?"))
     inside = tab.frame("From the base to this version")
     assert tab.ask("document.querySelectorAll('.canvas .node').length", inside) == 13
     assert f"{seen.name}@2" in str(tab.ask("document.body.innerText", inside))

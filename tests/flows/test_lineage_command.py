@@ -74,6 +74,8 @@ def test_what_versions_say_is_in_the_graph(grown: Grown) -> None:
     assert badges["version 3"] == ("challenger", "head", "refused")
     state = found.of_kind("state")[1]
     assert (state.figures["seconds"], state.figures["device"]) == (1.5, "cpu")
+    model = found.of_kind("model")[1].figures
+    assert (model["seconds"], model["evaluation seconds"]) == (0.5, 2.0) and "device" not in model
     # the scores beside the line are those that the versions name, without a look at the whole store
     assert [node.figures["score"] for node in found.of_kind("tuned")] == [0.95, 0.9, 0.85]
     assert found.accuracy.base_average == pytest.approx(0.1)
