@@ -50,11 +50,11 @@ def chain(config: ChainConfig) -> Outcome:
         base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
         able = _abilities(config, base)
         if config.start == "head":
-            prepared, line = _in_turn(config, base, able)
+            prepared, line = _in_turn(config, base, able, base_scores)
             return Outcome(base, base_scores, prepared, [line])
         started = [_submit(config, base, task, name) for task in config.tasks for name in task.updates]
         prepared = [one.result() for one in started]  # all were submitted before the first is awaited
-        lines = [_grow(config, number, base, prepared, able) for number in range(len(config.lines))]
+        lines = [_grow(config, number, base, prepared, able, base_scores) for number in range(len(config.lines))]
         return Outcome(base, base_scores, prepared, lines)
 
 
@@ -78,22 +78,29 @@ def _abilities(config: ChainConfig, base: CheckpointRef) -> dict[str, float]:
 
 
 def _grow(
-    config: ChainConfig, number: int, base: CheckpointRef, prepared: list[Prepared], able: dict[str, float]
+    config: ChainConfig,
+    number: int,
+    base: CheckpointRef,
+    prepared: list[Prepared],
+    able: dict[str, float],
+    base_scores: ScoresRef,
 ) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
-    growing = Growing(config, config.lines[number], base, able)
+    growing = Growing(config, config.lines[number], base, able, base_scores)
     growing.check([one.wanted for one in prepared])
     for one in prepared:
         growing.add(one)
     return growing.finish()
 
 
-def _in_turn(config: ChainConfig, base: CheckpointRef, able: dict[str, float]) -> tuple[list[Prepared], Grown]:
+def _in_turn(
+    config: ChainConfig, base: CheckpointRef, able: dict[str, float], base_scores: ScoresRef
+) -> tuple[list[Prepared], Grown]:
     """Each training starts from the line's merged model of the step before it, the first one from the base.
 
     What the line holds already is found done, or is a conflict before anything is trained for it.
     """
-    growing = Growing(config, config.lines[0], base, able)
+    growing = Growing(config, config.lines[0], base, able, base_scores)
     prepared: list[Prepared] = []
     for task in config.tasks:
         for number, name in enumerate(task.updates, 1):

@@ -19,6 +19,7 @@ from flows.commands.export import export
 from flows.commands.inspect_update import inspect
 from flows.commands.line_fold import line_fold
 from flows.commands.line_open import line_open
+from flows.commands.lineage import lineage
 from flows.commands.lines import line_app
 from flows.commands.merge import merge
 from flows.commands.policy import line_policy
@@ -59,6 +60,8 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
   deltaworks run demo                   six tasks on real data, about a minute
 
   deltaworks line log demo-opcm         how the merged model came to be
+
+  deltaworks lineage demo-opcm --open   the same as a page, from base to version
 
   deltaworks line rebuild --help        the same updates, merged otherwise
 
@@ -113,7 +116,7 @@ app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
 app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
-for _command in (tuners, codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
+for _command in (tuners, codecs, compress, inspect, similarity, lineage, merge, export, promote, rollback, champions):
     app.command(rich_help_panel=_UPDATES)(_command)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)

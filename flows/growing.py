@@ -77,10 +77,19 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities."""
+    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities.
 
-    def __init__(self, config: ChainConfig, line: LineConfig, base: CheckpointRef, able: Mapping[str, float]) -> None:
-        self._experiment, self._line, self._base = config.name, line, base
+    `base_scores`: of the base on the chain's tasks."""
+
+    def __init__(
+        self,
+        config: ChainConfig,
+        line: LineConfig,
+        base: CheckpointRef,
+        able: Mapping[str, float],
+        base_scores: ScoresRef,
+    ) -> None:
+        self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
         self._abilities, self._able = list(config.retained), able
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
@@ -147,9 +156,10 @@ class Growing:
             tried = self._retried(name, state, seen, tried, line.gate.retry)
         model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
         folded = Fold(name, one.update, state, weight, tried.factor)
+        beside = (self._base_scores, one.alone)
         if self._refused(verdict) and verdict is not None and known is None:
             candidate = [*self._entries[:number], after_fold(head, folded)]
-            version = self._register(name, candidate, model, scores, summary, verdict, True)
+            version = self._register(name, candidate, model, scores, summary, verdict, True, beside)
             self.grown.left_out.append(Step(candidate[-1], model, scores, summary, version, verdict))
             if not self._leaves_out:
                 raise _stopped(version, name, verdict)
@@ -166,7 +176,7 @@ class Growing:
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
-        version = self._register(name, so_far, model, scores, summary, verdict, False)
+        version = self._register(name, so_far, model, scores, summary, verdict, False, beside)
         self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
 
     def _try(self, name: str, state: StateRef, seen: list[Task], factor: float) -> _Tried:

@@ -8,7 +8,7 @@ is still there. Prefect shows a remembered step in the state `Cached`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,6 +34,8 @@ R = TypeVar("R", bound=Ref)
 RETRY_DELAYS = [1.0, 5.0, 20.0, 60.0]  # seconds between attempts
 
 _versions: dict[str, int] = {}  # of the steps that are done once
+_costs: dict[str, dict[str, Any]] = {}
+_COSTS = 10_000  # of so many results, the newest
 
 
 def once(version: int, *, gpu: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
@@ -54,6 +56,7 @@ def once(version: int, *, gpu: bool = False) -> Callable[[Callable[P, R]], Task[
             key = content_key(function.__name__, version, [*args, *kwargs.values()])
             found = store.recall(key)
             if found is not None:
+                _note(found.ref, found.about)
                 store.remember(key, found.ref, found.about)  # in use again: a prune keeps what was remembered lately
                 return cached(found.ref)
             progress.started(label())
@@ -63,6 +66,7 @@ def once(version: int, *, gpu: bool = False) -> Callable[[Callable[P, R]], Task[
                 ref = function(*args, **kwargs)
                 took = {"seconds": round(time.perf_counter() - start, 3), "device": device}
             store.remember(key, ref, {"step": function.__name__, "version": version, **took})
+            _note(ref, took)
             progress.finished(label())
             return ref
 
@@ -95,6 +99,20 @@ def seconds(step: Task[P, R], *inputs: Any) -> float | None:
     """How long a `once` step took when it was done, if that is known."""
     found = _memo(step, inputs)
     return None if found is None or "seconds" not in found.about else float(found.about["seconds"])
+
+
+def costs() -> Mapping[str, Mapping[str, Any]]:
+    """Ref -> `seconds` and `device` of the steps that this process did, or found done."""
+    return dict(_costs)
+
+
+def _note(ref: str, about: Mapping[str, Any]) -> None:
+    known = {name: about[name] for name in ("seconds", "device") if name in about}
+    if known:
+        _costs.pop(ref, None)
+        _costs[ref] = known
+        while len(_costs) > _COSTS:
+            _costs.pop(next(iter(_costs)), None)
 
 
 def _memo(step: Task[P, R], inputs: Sequence[Any]) -> Memo | None:

@@ -20,7 +20,7 @@ import tasks.register
 import tasks.search
 from configs.chain import AnyBase, Task
 from flows import progress
-from flows.policy import always, cached, label, once
+from flows.policy import always, cached, costs, label, once
 from flows.workplace import here
 from storage.errors import InvalidInput
 from storage.lines import Entry, Fold, Line
@@ -172,10 +172,22 @@ def register(
     summary: Summary | None = None,
     verdict: Verdict | None = None,
     left_out: bool = False,
+    measured: Sequence[ScoresRef] = (),
 ) -> Any:
     place = here()
     version = tasks.register.register(
-        experiment, line, entries, model, scores, summary, place.store, place.registry, verdict, left_out
+        experiment,
+        line,
+        entries,
+        model,
+        scores,
+        summary,
+        place.store,
+        place.registry,
+        verdict,
+        left_out,
+        measured,
+        costs(),
     )
     return version if version.fresh else cached(version)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from storage.errors import InvalidInput, Missing
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, parse_ref
 from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry
 from storage.registry_errors import mapped
 
-_PAGES = "#/models/{name}/versions/{number}"
-_RUNS = "#/experiments/{experiment}/runs/{run}"
+# without the last word MLflow shows its pages for agents, in which a model's version is an agent's
+_PAGES = "#/models/{name}/versions/{number}?workflowType=machine_learning"
+_RUNS = "#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class LineVersions:
 
     def page(self, version: LineVersion) -> str | None:
         """Where a browser finds it; None where no MLflow server is known, only its database."""
-        return self._at(_PAGES.format(name=version.name, number=version.number))
+        return self._at(_PAGES.format(name=quote(version.name, safe=""), number=version.number))
 
     def run_page(self, version: LineVersion) -> str | None:
         """Where a browser finds the run that made it."""
@@ -111,9 +113,37 @@ class LineVersions:
             experiment = self._client.get_run(version.run_id).info.experiment_id
         return self._at(_RUNS.format(experiment=experiment, run=version.run_id))
 
+    def stage_pages(self, version: LineVersion) -> dict[str, str]:
+        """Stage -> where a browser finds its run, `""` being the version itself; empty where no server is known."""
+        first = self.page(version)
+        if first is None:
+            return {}
+        with mapped(self._registry.tracking):
+            experiment = self._client.get_run(version.run_id).info.experiment_id
+            inside = f"tags.`mlflow.parentRunId` = '{version.run_id}'"
+            runs = self._client.search_runs([experiment], inside, max_results=100)
+        pages = {str(run.data.tags.get("stage", "")): str(run.info.run_id) for run in runs}
+        found = {stage: self._at(_RUNS.format(experiment=experiment, run=run)) or "" for stage, run in pages.items()}
+        return {**found, "": first}
+
     def _at(self, page: str) -> str | None:
         address = self._registry.tracking
         return f"{address.rstrip('/')}/{page}" if address.startswith("http") else None
+
+
+class RunFiles:
+    """Small files beside the numbers of a run, such as pictures."""
+
+    def __init__(self, registry: Registry, run_id: str) -> None:
+        self._registry, self._run = registry, run_id
+
+    def names(self) -> list[str]:
+        with mapped(self._registry.tracking):
+            return [str(one.path) for one in self._registry._client.list_artifacts(self._run)]
+
+    def write(self, name: str, text: str) -> None:
+        with mapped(self._registry.tracking):
+            self._registry._client.log_text(self._run, text, name)
 
 
 def named_version(text: str) -> tuple[str, str | None]:

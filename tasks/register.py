@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from storage.artifacts import Artifact, ArtifactStore
@@ -15,6 +16,8 @@ from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
+from tasks.lineage.kept import keep_lineage
+from tasks.lineage.versions import COST, MEASURED
 from tasks.surroundings import surroundings
 
 
@@ -29,12 +32,16 @@ def register(
     registry: Registry,
     verdict: Verdict | None = None,
     left_out: bool = False,
+    measured: Sequence[ScoresRef] = (),
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ModelVersion:
     """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
 
     `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line, and
     `verdict` what its gate says: whether this version is the new champion. `left_out`: the last entry did not enter
-    the line. What came without data to evaluate it on has no scores and no summary.
+    the line. What came without data to evaluate it on has no scores and no summary. `measured`: scores of the models
+    beside it, the base and the one that was tuned for the last update. `costs`: ref -> `seconds` and `device`, as far
+    as they are known. The page of its lineage is written too, by `tasks/lineage`.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -62,10 +69,19 @@ def register(
         tags["external"] = "true"
     if entry.factor != 1:
         tags["factor"] = f"{entry.factor:g}"
+    if measured:
+        tags[MEASURED] = " ".join(measured)
     numbers = {name: value for name, value in (summary.__dict__ if summary else {}).items() if value is not None}
     if verdict is not None:
         numbers |= {f"gate/{name}": value for name, value in verdict.facts.items()}
-    stages = _stages(store, entry, model, scores)
+    stages = [_with_cost(stage, costs or {}) for stage in _stages(store, entry, model, scores)]
+    told = {
+        ref: costs[ref] for ref in [*(stage.ref for stage in stages), entry.base, *measured] if costs and ref in costs
+    }
+    if told:
+        tags[COST] = canonical(
+            {short(ref): [one.get("seconds"), one.get("device")] for ref, one in told.items()}
+        ).decode()
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
@@ -74,6 +90,7 @@ def register(
     if verdict is not None:
         with registry.champions(line) as champions:
             champions.judged(made.version, verdict.reasons)
+    keep_lineage(made, entries, store, registry)
     return made
 
 
@@ -123,6 +140,16 @@ def _stages(store: ArtifactStore, entry: Entry, model: CheckpointRef, scores: Sc
     rows = read_scores(store.open(scores, "scores"))
     metrics = {row.task if row.metric == "accuracy" else f"{row.task}.{row.metric}": row.value for row in rows}
     return [*stages, Stage("evaluate", scores, {"model": model}, metrics)]
+
+
+def _with_cost(stage: Stage, costs: Mapping[str, Mapping[str, Any]]) -> Stage:
+    """A stage with what it took when it was done: numbers of MLflow, because manifests hold no clock."""
+    cost = costs.get(stage.ref)
+    if cost is None:
+        return stage
+    device = {"device": str(cost["device"])} if "device" in cost else {}
+    seconds = {"seconds": float(cost["seconds"])} if "seconds" in cost else {}
+    return replace(stage, metrics={**stage.metrics, **seconds}, tags={**stage.tags, **device})
 
 
 def _stage(artifact: Artifact) -> Stage:

@@ -1,0 +1,165 @@
+"""Scores of a lineage: what each model reached, the accuracy matrix of the line, and what it forgot.
+
+Notation as in tasks/evaluate.py: R[i, j] is the score on task j after step i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from storage.artifacts import ArtifactStore
+from storage.errors import Damaged, Missing
+from storage.lines import Entry
+from storage.refs import parse_ref
+from tasks.evaluate import ScoreRow, Summary, read_scores, summarise
+
+_ROUND = "."
+
+
+class Scored:
+    """Leading scores of models, from scores that are named, or from all that are in the store."""
+
+    def __init__(self, store: ArtifactStore, scores: Iterable[str], of: Mapping[str, str] | None = None) -> None:
+        """`scores`: refs whose manifests say what they are of; `of`: model -> its scores, where that is known."""
+        self._store = store
+        self._found: dict[str, list[str]] = {model: [ref] for model, ref in (of or {}).items()}
+        for ref in scores:
+            model = self._model(ref)
+            if model is not None and ref not in self._found.setdefault(model, []):
+                self._found[model].append(ref)
+        self._rows = cache(self._read)
+
+    @classmethod
+    def everything(cls, store: ArtifactStore) -> Scored:
+        """All scores of a store: one read for each."""
+        return cls(store, store.refs("scores"))
+
+    def rows(self, model: str) -> dict[str, ScoreRow]:
+        """Task -> its leading score; of several evaluations of one model, the one with the most tasks goes first."""
+        found: dict[str, ScoreRow] = {}
+        for rows in sorted((self._rows(ref) for ref in self._found.get(model, [])), key=lambda rows: -len(rows)):
+            for task, row in rows.items():
+                found.setdefault(task, row)
+        return found
+
+    def leading(self, model: str) -> dict[str, float]:
+        return {task: row.value for task, row in self.rows(model).items()}
+
+    def of(self, model: str, task: str) -> float | None:
+        """The score of a model on a task, or on the task of which this is a round."""
+        found = self.leading(model)
+        return found.get(task, found.get(task_of(task)))
+
+    def refs(self, model: str) -> list[str]:
+        return list(self._found.get(model, []))
+
+    def _model(self, ref: str) -> str | None:
+        try:
+            lineage = self._store.open(parse_ref(ref, "scores")).manifest.lineage
+        except (Missing, Damaged):
+            return None
+        return lineage.inputs.get("model") if lineage.step == "evaluate" else None
+
+    def _read(self, ref: str) -> dict[str, ScoreRow]:
+        found: dict[str, ScoreRow] = {}
+        try:
+            for row in read_scores(self._store.open(ref, "scores")):
+                found.setdefault(row.task, row)
+        except (Missing, Damaged):
+            return {}
+        return found
+
+
+def task_of(name: str) -> str:
+    """The task of an update: `billing` of `billing.2`, its second round."""
+    stem, dot, number = name.rpartition(_ROUND)
+    return stem if dot and number.isdecimal() else name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the matrix: R[step, task] after one more merge, and what that means for the line."""
+
+    step: int
+    merged: str
+    scores: Mapping[str, ScoreRow]
+    summary: Summary | None = None
+
+    @property
+    def average(self) -> float | None:
+        return sum(one.value for one in self.scores.values()) / len(self.scores) if self.scores else None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy matrix: `rows` by step, `tasks` in the order of merging. `base` and `alone`: what the base and each
+    task's own model reach."""
+
+    tasks: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+    base: Mapping[str, float] = field(default_factory=dict)
+    alone: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def base_average(self) -> float | None:
+        found = [self.base[task] for task in self.tasks if task in self.base]
+        return sum(found) / len(found) if found and len(found) == len(self.tasks) else None
+
+    def figures(self, entry: Entry) -> dict[str, float | None]:
+        """Key figures of the model after an entry."""
+        row = next((row for row in self.rows if row.step == entry.step), None)
+        if row is None or not row.scores:
+            return {}
+        forgot = row.summary.forgetting if row.summary else None
+        return {
+            "average": row.average,
+            "worst": min(one.value for one in row.scores.values()),
+            "forgetting": forgot,
+        }
+
+
+def accuracy_of(
+    steps: Sequence[tuple[Entry, str | None]], base: str, tuned: Mapping[str, str], scored: Scored
+) -> Accuracy:
+    """The matrix of a line's merges, each given with the model that it made; what is not known is left out of it.
+
+    `tuned`: update -> the model that was tuned for it.
+    """
+    tasks = list(dict.fromkeys(task_of(entry.task) for entry, _ in steps))
+    alone: dict[str, float] = {}
+    for entry, _ in steps:
+        value = scored.of(tuned.get(str(entry.update), ""), entry.task)
+        if value is not None:
+            alone[task_of(entry.task)] = value  # of several rounds, the newest
+    rows: list[Row] = []
+    for number, (entry, model) in enumerate(steps, 1):
+        seen = list(dict.fromkeys(task_of(one.task) for one, _ in steps[:number]))
+        found = scored.rows(model) if model else {}
+        scores = {task: found[task] for task in seen if task in found}
+        rows.append(Row(entry.step, entry.task, scores))
+    measured = {task for row in rows for task in row.scores}
+    before = scored.leading(base)
+    return Accuracy(
+        tuple(task for task in tasks if task in measured or task in alone),
+        tuple(_summarised(rows, alone)),
+        {task: before[task] for task in tasks if task in before},
+        alone,
+    )
+
+
+def _summarised(rows: Sequence[Row], alone: Mapping[str, float]) -> list[Row]:
+    """Rows with what they say, as far as every task that was merged by then was measured, at every step."""
+    found: list[Row] = []
+    matrix: list[dict[str, float]] = []
+    whole = True
+    for number, row in enumerate(rows, 1):
+        merged = {task_of(one.merged) for one in rows[:number]}
+        whole = whole and merged == set(row.scores)
+        if not whole:
+            found.append(row)
+            continue
+        matrix.append({task: one.value for task, one in row.scores.items()})
+        found.append(Row(row.step, row.merged, row.scores, summarise(matrix, alone)))
+    return found
