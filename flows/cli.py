@@ -14,6 +14,7 @@ import typer
 
 from flows.commands.champions import champions, promote, rollback
 from flows.commands.codecs import codecs, compress
+from flows.commands.compare import compare
 from flows.commands.deploy import deploy
 from flows.commands.export import export
 from flows.commands.inspect_update import inspect
@@ -114,6 +115,7 @@ A works for model updates: fine-tune, extract the task vector, compress it, merg
 _UPDATES, _STORE, _SERVICE = "Lines, updates and models", "The store", "As a service"
 app.add_typer(line_app, name="line", rich_help_panel=_UPDATES)
 app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
+app.command()(compare)
 app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
 for _command in (tuners, codecs, compress, inspect, similarity, lineage, merge, export, promote, rollback, champions):

@@ -11,8 +11,9 @@ from prefect import flow
 from configs.study import StudyConfig
 from flows import steps
 from flows.policy import run_now, seconds
+from flows.trial import merged_in_turn
 from flows.workplace import here
-from storage.refs import CheckpointRef, StateRef, UpdateRef
+from storage.refs import CheckpointRef, UpdateRef
 from tasks.evaluate import Summary, leading, retention, summarise
 from tasks.recipe import Recipe
 
@@ -167,18 +168,11 @@ class _Tuning:
 
 
 def _merge(one: _Tuning, merger: str, updates: Sequence[UpdateRef], able: dict[str, float]) -> Merged:
-    config, recipe = one.config, Recipe(one.config.mergers[merger])
-    label = f"{one.label}, {merger}"
-    state: StateRef | None = None
-    matrix = []
-    for number, (task, update) in enumerate(zip(config.tasks, updates, strict=True), 1):
-        state = run_now(steps.fold, f"merge {task.name}, {label}", one.base, state, update, recipe, 1.0)
-        model = run_now(steps.materialize, f"write {task.name}, {label}", one.base, state)
-        seen = list(config.tasks[:number])
-        scores = run_now(steps.evaluate, f"evaluate {task.name}, {label}", model, seen, one.base)
-        matrix.append(leading(here().store.open(scores)))
-    left = _abilities(config, model, one.base, label)
-    return Merged(one.tuner, merger, one.seed, summarise(matrix, one.alone), retention(left, able) if able else None)
+    config, label = one.config, f"{one.label}, {merger}"
+    trial = merged_in_turn(one.base, config.tasks, updates, Recipe(config.mergers[merger]), label)
+    left = _abilities(config, trial.model, one.base, label)
+    summary = summarise(trial.matrix, one.alone)
+    return Merged(one.tuner, merger, one.seed, summary, retention(left, able) if able else None)
 
 
 def _abilities(config: StudyConfig, model: CheckpointRef, base: CheckpointRef, label: str) -> dict[str, float]:

@@ -66,11 +66,7 @@ def draw(findings: Findings, path: Path) -> Path:
         sizes.plot(row.bytes / 1e3, 100 * row.best.average, marker, color=color, label=label)
         if row.best.retained is not None:
             kept.plot(100 * row.best.retained, 100 * row.best.average, marker, color=color, label=label)
-    sizes.set_xscale("log")
-    sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are too few, all digits too many
-    sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    sizes.xaxis.set_minor_formatter(NullFormatter())
-    sizes.set_xlabel("all updates, compressed, kB")
+    sizes_axis(sizes)
     sizes.set_ylabel("average accuracy, best merger, %")
     kept.set_xlabel("of the base's ability, kept, %")
     figure.legend(*sizes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -80,6 +76,15 @@ def draw(findings: Findings, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def sizes_axis(axes: Any) -> None:
+    """A logarithmic axis of kilobytes."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are too few, all digits too many
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("all updates, compressed, kB")
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
