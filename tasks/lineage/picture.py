@@ -72,7 +72,7 @@ class Box:
         found: list[Badge] = []
         edge = self.right - 6
         for text in reversed(self.node.badges):
-            width = 12 + 6 * len(text)
+            width = 14 + round(6.5 * len(text))
             found.append(Badge(text, edge - width, width, text in (LEFT_OUT, REFUSED)))
             edge -= width + 4
         return found
