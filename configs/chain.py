@@ -26,7 +26,7 @@ from tasks.recipe import Recipe
 from tasks.scalings import AnyScaling
 from tasks.search import Search
 from tasks.sparsifiers import AnySparsifier
-from tasks.suites import AnySuite
+from tasks.suites import AnySuite, LmEval
 from tasks.suites.heads import AnyHead
 from tasks.tuners import AnyTuner, Full
 
@@ -59,6 +59,11 @@ class Task:
         require(self.rounds > 0, "rounds", "positive", self.rounds)
         if self.checkpoint:
             require(self.rounds == 1, "rounds", "1, because the task's checkpoint was trained elsewhere", self.rounds)
+        elif isinstance(self.suite, LmEval):
+            raise InvalidInput(
+                f"task {self.name!r} would be trained on the lm_eval task {self.suite.task!r}, which only measures",
+                remedy="Give the task a checkpoint that was trained elsewhere, or list the suite under retained",
+            )
 
     @property
     def updates(self) -> tuple[str, ...]:
@@ -143,6 +148,7 @@ class ChainConfig:
                 raise InvalidInput(f"{what}: {bad[0]!r} is no name: use lower-case letters, digits, - and _")
         self._check_start()
         self._check_retained()
+        self._check_search()
 
     def _check_retained(self) -> None:
         """Scores are kept by name: no ability may have another's, or a task's."""
@@ -157,6 +163,17 @@ class ChainConfig:
                     "names none",
                     remedy="List suites that the base is good at in retained, or leave out the gate's retained",
                 )
+
+    def _check_search(self) -> None:
+        """Factors are searched on examples that the tasks were trained on."""
+        measured = next((task for task in self.tasks if isinstance(task.suite, LmEval)), None)
+        searching = next((line.name for line in self.lines if line.search), None)
+        if measured and searching:
+            raise InvalidInput(
+                f"search of line {searching!r} needs examples to choose by, and task {measured.name!r} has none: "
+                "lm_eval tasks are for the last word",
+                remedy="Leave out search, or give the task a suite with data of its own",
+            )
 
     def _check_start(self) -> None:
         """Refuse what cannot be trained, or would not be the difference that was meant."""

@@ -18,6 +18,7 @@ from configs.validation import field_names, validated
 from storage.errors import Damaged, InvalidInput
 from tasks.data.files import Files
 from tasks.gate import Gate
+from tasks.suites import LmEval
 
 _SPLITS = ("train", "validation", "test")
 
@@ -113,6 +114,8 @@ def _anchored(asked: tuple[Ability, ...]) -> tuple[Ability, ...]:
 
 
 def _with_whole_paths(suite: Any) -> Any:
+    if isinstance(suite, LmEval):
+        return suite if suite.include is None else replace(suite, include=_whole(suite.include))
     if not isinstance(suite.data, Files):
         return suite
     paths: dict[str, Any] = {split: tuple(map(_whole, getattr(suite.data, split))) for split in _SPLITS}

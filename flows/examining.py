@@ -60,6 +60,11 @@ class Examiner:
                 "sets another one",
             ) from error
 
+    @property
+    def retry(self) -> tuple[float, ...]:
+        """By which factors a merge that the gate refuses is written instead."""
+        return self._exam.gate.retry if self._exam.gate else ()
+
     def lets_in(self, found: Examined) -> bool:
         gate = self._exam.gate
         return gate is None or gate.on_failure != "leave_out" or found.verdict is None or found.verdict.passed

@@ -50,6 +50,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class _Tried:
+    """A merge written by a factor: what it reaches, and what the gate says of that."""
+
+    factor: float
+    model: CheckpointRef
+    scores: ScoresRef
+    standing: Standing
+    summary: Summary
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
 class Grown:
     """A line after the chain. `beyond`: updates that it holds after those of the chain; `left_out`: merges that its
     gate did not let in."""
@@ -137,17 +149,14 @@ class Growing:
         state = run_now(steps.fold, f"{line.name}: merge {name}", self._base, held, one.update, line.recipe, weight)
         known = self._known(number, one)
         seen = self._seen(one)
-        # the journal's factor, also where the search would choose another one by now
+        # the journal's factor, also where the search or the gate would choose another one by now
         factor = known.factor if known else self._factor(name, state, seen)
-        written = (self._base, state) if factor == 1 else (self._base, state, factor)
-        model = run_now(steps.materialize, f"{line.name}: write {name}", *written)
-        scores = run_now(steps.evaluate, f"{line.name}: evaluate {name}", model, seen, self._base)
-        standing = self._standing(name, model, scores)
-        summary = summarise([*self._matrix, standing.scores], self._alone)
-        summary = replace(summary, retained=standing.retained)
-        verdict = self._judge(name, seen, standing)
+        tried = self._try(name, state, seen, factor)
+        if known is None and line.gate is not None:
+            tried = self._retried(name, state, seen, tried, line.gate.retry)
+        model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
+        folded = Fold(name, one.update, state, weight, tried.factor)
         beside = (self._base_scores, one.alone)
-        folded = Fold(name, one.update, state, weight, factor)
         if self._refused(verdict) and verdict is not None and known is None:
             candidate = [*self._entries[:number], after_fold(head, folded)]
             version = self._register(name, candidate, model, scores, summary, verdict, True, beside)
@@ -160,15 +169,32 @@ class Growing:
             self._head = run_now(steps.commit, f"{line.name}: commit {name}", line.name, head, folded)
             self._entries.append(self._head)
         self._merged.append(one)
-        self._matrix.append(dict(standing.scores))
+        self._matrix.append(dict(tried.standing.scores))
         if verdict and verdict.passed:
-            self._champion = (model, standing)
+            self._champion = (model, tried.standing)
         so_far = self._entries[: number + 1]
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
         version = self._register(name, so_far, model, scores, summary, verdict, False, beside)
         self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
+
+    def _try(self, name: str, state: StateRef, seen: list[Task], factor: float) -> _Tried:
+        """Write a state as a model, evaluate and judge it."""
+        line = self._line.name
+        written = (self._base, state) if factor == 1 else (self._base, state, factor)
+        model = run_now(steps.materialize, f"{line}: write {name}", *written)
+        scores = run_now(steps.evaluate, f"{line}: evaluate {name}", model, seen, self._base)
+        standing = self._standing(name, model, scores)
+        summary = replace(summarise([*self._matrix, standing.scores], self._alone), retained=standing.retained)
+        return _Tried(factor, model, scores, standing, summary, self._judge(name, seen, standing))
+
+    def _retried(self, name: str, state: StateRef, seen: list[Task], first: _Tried, factors: Sequence[float]) -> _Tried:
+        """The first of these factors that passes, where the merge as it is does not; otherwise that."""
+        if first.verdict is None or first.verdict.passed:
+            return first
+        others = (self._try(f"{name} at {factor:g}", state, seen, factor) for factor in factors)
+        return next((one for one in others if one.verdict and one.verdict.passed), first)
 
     def _refused(self, verdict: Verdict | None) -> bool:
         """Whether the gate keeps a merge out of the line."""

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -174,8 +174,8 @@ def _join(
         folded = Fold(one.task, update, state, one.weight, head.factor)
         found = None
         if examiner is not None:
+            folded, found = _examined(examiner, head, history, folded)
             candidate = after_fold(head, folded)
-            found = examiner.examine(history, candidate)
             if not examiner.lets_in(found):
                 version = examiner.register_left_out(history, candidate, found)
                 notices.judged(journal.name, candidate, version, found)
@@ -185,6 +185,19 @@ def _join(
         except Conflict:
             continue  # others merged something else: fold again onto that
         return entry, found
+
+
+def _examined(examiner: Examiner, head: Entry, history: list[Entry], folded: Fold) -> tuple[Fold, Examined]:
+    """What the exam says of a fold; if its gate refuses it, of the first of the listed factors that passes."""
+    first = examiner.examine(history, after_fold(head, folded))
+    if first.verdict is None or first.verdict.passed:
+        return folded, first
+    for factor in examiner.retry:
+        other = replace(folded, factor=factor)
+        found = examiner.examine(history, after_fold(head, other))
+        if found.verdict is not None and found.verdict.passed:
+            return other, found
+    return folded, first
 
 
 def _fold(line: str, head: Entry, one: Submission, update: UpdateRef) -> StateRef:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -66,6 +67,9 @@ def draw(findings: Findings, path: Path) -> Path:
         if row.best.retained is not None:
             kept.plot(100 * row.best.retained, 100 * row.best.average, marker, color=color, label=label)
     sizes.set_xscale("log")
+    sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone are too few, all digits too many
+    sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    sizes.xaxis.set_minor_formatter(NullFormatter())
     sizes.set_xlabel("all updates, compressed, kB")
     sizes.set_ylabel("average accuracy, best merger, %")
     kept.set_xlabel("of the base's ability, kept, %")

@@ -70,6 +70,7 @@ def open_workplace(verbose: bool = False, memory: str | None = None, workers: in
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
         "PREFECT_CLI_PROMPT": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "0" if verbose else "1",
+        **({} if verbose else {"TQDM_DISABLE": "1"}),  # libraries' own bars: the board shows how far a step is
         "TOKENIZERS_PARALLELISM": "false",
     }
     for name, default in defaults.items():

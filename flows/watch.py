@@ -1,4 +1,4 @@
-"""Watching an inbox: look, queue, tell Prefect, wait. The flow is in service.py, the command in watch_command.py.
+"""Watching an inbox: look, queue, tell Prefect, wait. The flow is in service.py, the command in commands/watch.py.
 
 An inbox is a folder, a bucket, or a registered model, `models:/NAME`. Waiting ends early when a bell says that there is
 something to see: a queue that a bucket writes to, or the webhook. Without a bell, it is seen at the next look.

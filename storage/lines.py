@@ -170,6 +170,7 @@ class Line:
     def _append(self, entry: Entry) -> Entry | None:
         """The entry as it was written, with the time; None if its number is taken."""
         stamped = replace(entry, merger=dict(entry.merger), at=datetime.now(UTC).isoformat(timespec="seconds"))
+        check_entry(stamped, entry.number, f"line {self.name!r}, entry {entry.number}")  # or no one could read the line
         return stamped if self._journal.create(entry.number, asdict(stamped)) else None
 
     def _read(self, number: int) -> Entry | None:

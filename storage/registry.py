@@ -24,11 +24,11 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from requests.exceptions import RequestException
 
 from storage.champions import Champions
-from storage.errors import DeltaworksError, InvalidInput, Missing, Unavailable
+from storage.errors import Missing
 from storage.refs import KINDS, Ref, parse_ref
+from storage.registry_errors import mapped
 
 HEAD = "head"  # alias of the newest version of a line
 _KEY = "deltaworks.key"
@@ -84,7 +84,7 @@ class Registry:
         self._artifacts = artifacts
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        with _mapped(tracking), self._first_start():
+        with mapped(tracking), self._first_start():
             self._client = MlflowClient(tracking, registry_uri=tracking)
             self._client.search_experiments(max_results=1)
 
@@ -105,7 +105,7 @@ class Registry:
         page. If a version with this `key` exists, nothing is written. `left_out`: it is no part of the line, so that
         it is never its head.
         """
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             found = self._find_version(step.name, key)
             fresh = found is None
             if fresh:
@@ -124,7 +124,7 @@ class Registry:
     @contextmanager
     def champions(self, name: str) -> Iterator[Champions]:
         """The champion of a registered model, to look at or to change in the block."""
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             if not self._client.search_registered_models(f"name = '{name}'"):
                 raise Missing(
                     f"there is no registered model {name!r}",
@@ -134,19 +134,19 @@ class Registry:
 
     def newest(self, name: str) -> int | None:
         """The newest version of a registered model."""
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             versions = self._versions(name)
             return max((int(one.version) for one in versions), default=None)
 
     def find(self, name: str, key: str) -> int | None:
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             found = self._find_version(name, key)
             return None if found is None else int(found.version)
 
     def refs(self) -> frozenset[Ref]:
         """Every ref that a version of a registered model names: its model, and what its tags tell of its making."""
         found: set[Ref] = set()
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             token = None
             while True:
                 page = self._client.search_model_versions(max_results=1000, page_token=token)
@@ -158,7 +158,7 @@ class Registry:
 
     def log_chain(self, experiment: str, key: str, summary: Stage, files: Sequence[Path]) -> str:
         """Record a finished chain as one run with its pictures. Returns the run id."""
-        with _mapped(self.tracking):
+        with mapped(self.tracking):
             run = self._run(experiment, key, summary)
             for path in files:
                 self._client.log_artifact(run, str(path))
@@ -234,33 +234,10 @@ class Registry:
             yield
 
 
-@contextmanager
-def _mapped(tracking: str) -> Iterator[None]:
-    """Foreign errors as ours: a registry that does not answer is worth a retry, anything else is not."""
-    try:
-        yield
-    except DeltaworksError:
-        raise
-    except MlflowException as error:
-        passing = error.error_code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
-        kind = Unavailable if passing else InvalidInput
-        raise kind(f"MLflow at {_public(tracking)} refused: {_public(str(error.message))}") from None
-    except (RequestException, OSError) as error:
-        raise Unavailable(
-            f"MLflow at {_public(tracking)} does not answer: {type(error).__name__}",
-            remedy="Check MLFLOW_TRACKING_URI and that the server runs",
-        ) from None
-
-
 def _refs_in(texts: Sequence[str]) -> Iterator[Ref]:
     for text in texts:
         for match in _REF.finditer(text):
             yield parse_ref(match[0])
-
-
-def _public(address: str) -> str:
-    """A text without the users and passwords of the addresses in it."""
-    return re.sub(r"//[^/@\s]*@", "//", address)
 
 
 def _dataset(data: DataInput) -> DatasetInput:

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 from storage.errors import InvalidInput, Missing
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef, parse_ref
-from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry, _mapped
+from storage.registry import _KEY, _LEFT_OUT, HEAD, Registry
+from storage.registry_errors import mapped
 
 # without the last word MLflow shows its pages for agents, in which a model's version is an agent's
 _PAGES = "#/models/{name}/versions/{number}?workflowType=machine_learning"
@@ -72,7 +73,7 @@ class LineVersions:
 
     def all(self) -> list[LineVersion]:
         """Oldest first. Raises Missing if there is no such model."""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             if not self._client.search_registered_models(f"name = '{self.name}'"):
                 raise Missing(
                     f"there is no registered model {self.name!r}",
@@ -99,7 +100,7 @@ class LineVersions:
 
     def numbers(self, version: LineVersion) -> dict[str, float]:
         """Its scores and what they say of the line, under the names that MLflow shows: `average`, `accuracy/TASK`, …"""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             return {name: float(value) for name, value in self._client.get_run(version.run_id).data.metrics.items()}
 
     def page(self, version: LineVersion) -> str | None:
@@ -108,7 +109,7 @@ class LineVersions:
 
     def run_page(self, version: LineVersion) -> str | None:
         """Where a browser finds the run that made it."""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             experiment = self._client.get_run(version.run_id).info.experiment_id
         return self._at(_RUNS.format(experiment=experiment, run=version.run_id))
 
@@ -117,7 +118,7 @@ class LineVersions:
         first = self.page(version)
         if first is None:
             return {}
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             experiment = self._client.get_run(version.run_id).info.experiment_id
             inside = f"tags.`mlflow.parentRunId` = '{version.run_id}'"
             runs = self._client.search_runs([experiment], inside, max_results=100)
@@ -137,11 +138,11 @@ class RunFiles:
         self._registry, self._run = registry, run_id
 
     def names(self) -> list[str]:
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             return [str(one.path) for one in self._registry._client.list_artifacts(self._run)]
 
     def write(self, name: str, text: str) -> None:
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             self._registry._client.log_text(self._run, text, name)
 
 

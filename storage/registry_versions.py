@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 from mlflow.artifacts import download_artifacts
 
-from storage.registry import _KEY, Registry, _mapped
+from storage.registry import _KEY, Registry
+from storage.registry_errors import mapped
 
 SCHEME = "models:/"
 
@@ -40,7 +41,7 @@ class Versions:
 
     def ready(self) -> list[Offered]:
         """Oldest first; none if there is no such model yet."""
-        with _mapped(self._registry.tracking):
+        with mapped(self._registry.tracking):
             found = [
                 Offered(self.name, int(one.version), str(one.source))
                 for one in self._registry._versions(self.name)
@@ -52,7 +53,7 @@ class Versions:
     def files(self, one: Offered) -> Iterator[Path]:
         """A folder with the version's files, copied for as long as the block lasts."""
         with TemporaryDirectory(prefix="deltaworks-") as folder:
-            with _mapped(self._registry.tracking):
+            with mapped(self._registry.tracking):
                 uri = self._registry._client.get_model_version_download_uri(one.name, str(one.version))
                 found = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self._registry.tracking)
             yield Path(found)

@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import Mismatch
@@ -19,15 +18,21 @@ from storage.manifest import Lineage
 from storage.refs import CheckpointRef
 from tasks.codecs.streams import tensor_digest
 from tasks.exclusive import PROCESS_STATE
-from tasks.naming import Skeleton
 from tasks.steps import write_step
 from tasks.tensors import check_finite, dtype_name, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.naming import Skeleton
 
 CONFIG = "config.json"
 HISTORY = "training.json"  # asset of tuned checkpoints: the loss at every tenth of the training
 
 
 def skeleton_of(checkpoint: Artifact) -> Skeleton:
+    from tasks.naming import Skeleton  # transformers takes seconds to import: only for those who need it
+
     return Skeleton(checkpoint.asset(CONFIG))
 
 
@@ -99,6 +104,8 @@ def load_model(checkpoint: Artifact, device: str = "cpu", dtype: torch.dtype | N
 
     Peak memory is the model plus one tensor.
     """
+    from transformers.initialization import no_init_weights
+
     skeleton = skeleton_of(checkpoint)
     with PROCESS_STATE, no_init_weights():
         model: PreTrainedModel = skeleton.model_class(skeleton.config)

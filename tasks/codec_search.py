@@ -11,11 +11,10 @@ from tasks.checkpoints import load_model
 from tasks.codecs import Codec, Trial
 from tasks.compress import Inputs, compress_update
 from tasks.evaluate import TABLE, NamedSuite
-from tasks.loop import Report
 from tasks.materialize import materialize
 from tasks.merge import fold_update
 from tasks.mergers import TaskArithmetic
-from tasks.parallel import Budget
+from tasks.parallel import Budget, Report
 from tasks.recipe import Recipe
 
 SAMPLES = 256  # rows of the training split

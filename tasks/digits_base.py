@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, ViTConfig, ViTModel, set_seed
 
 from storage.artifacts import ArtifactStore
 from storage.manifest import Lineage
@@ -17,11 +16,12 @@ from tasks.checkpoints import CONFIG, config_of, write_checkpoint
 from tasks.choice import Choice, require
 from tasks.data import Digits, Rows, Split
 from tasks.exclusive import PROCESS_STATE
-from tasks.fine_tune import train
-from tasks.loop import Report
-from tasks.naming import Skeleton
+from tasks.parallel import Report
 from tasks.suites.base import Batch
 from tasks.tuners.full import Full
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SCALE = 10.0
 
@@ -51,6 +51,12 @@ def train_digits_base(
     report: Report = lambda done, total, note: None,
 ) -> CheckpointRef:
     """Train the demo's base from random weights and store it."""
+    # they take seconds to import, and who reads a chain needs only the settings above
+    from transformers import ViTConfig, ViTModel, set_seed
+
+    from tasks.fine_tune import train
+    from tasks.naming import Skeleton
+
     config = ViTConfig(
         image_size=8,
         patch_size=4,

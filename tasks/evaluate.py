@@ -15,7 +15,7 @@ from storage.manifest import Lineage
 from storage.refs import CheckpointRef, ScoresRef
 from storage.tables import read_rows, write_rows
 from tasks.checkpoints import load_model
-from tasks.loop import Report
+from tasks.parallel import Report
 from tasks.suites import AnySuite
 
 TABLE = "scores.parquet"

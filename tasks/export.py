@@ -18,6 +18,7 @@ from tasks.checkpoints import HISTORY, skeleton_of
 from tasks.tensors import read_tensor
 
 SHARD_BYTES = 2 << 30
+CARD = "README.md"
 
 
 def export(
@@ -26,8 +27,10 @@ def export(
     store: ArtifactStore,
     shard_bytes: int = SHARD_BYTES,
     report: Callable[[int, int], None] = lambda done, total: None,
+    card: str = "",
 ) -> list[Path]:
     """Write `model` to `folder`: config, tokenizer or processor files, and safetensors under their names on disk.
+    `card`: the text of its README.md (tasks/card.py).
 
     The folder must be new or empty. It appears whole or not at all. Peak memory is one shard. Returns the files.
     """
@@ -38,6 +41,8 @@ def export(
     work = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write(model, work, store, shard_bytes, report)
+        if card:
+            (work / CARD).write_text(card)
         work.chmod(0o755)
         work.replace(folder)  # atomic on one file system, and replaces an empty folder
     except OSError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, ttest_rel
 
 from tasks.choice import Choice, require
 
@@ -27,7 +27,9 @@ class Gate(Choice):
     of_alone: the least that every task keeps of the score of its own model
     retained: the least that is kept of what the base could do (the chain's `retained`)
     significance: refused if it is worse than the champion at this level of a one-sided paired test over all rows
-    on_failure: what becomes of a merge that fails
+    retry: factors, such as (0.5, 0.75), by which the merged delta is written instead if it fails as it is, one after
+        the other until one passes. Each of them is one more look at the test rows: keep the list short
+    on_failure: what becomes of a merge that fails, with every factor
         keep       it stays in the line, and the next update is merged onto it; the champion stays who it was
         leave_out  it does not enter the line, which goes on without that update
         stop       it does not enter the line, and the chain ends there
@@ -39,6 +41,7 @@ class Gate(Choice):
     of_alone: float | None = None
     retained: float | None = None
     significance: float | None = 0.05
+    retry: tuple[float, ...] = ()
     on_failure: OnFailure = "keep"
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class Gate(Choice):
             require(share is None or 0 <= share <= 1, rule, "null or in [0, 1]", share)
         level = self.significance
         require(level is None or 0 < level < 1, "significance", "null or in (0, 1)", level)
+        require(all(0 < factor < inf for factor in self.retry), "retry", "factors, finite and positive", self.retry)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def paired_test(new: Sequence[float], old: Sequence[float]) -> float:
     Rows that are right or wrong: the exact sign test of McNemar on the rows that differ. Other outcomes: the paired
     t-test. 1 if no row differs.
     """
+    from scipy.stats import binomtest, ttest_rel
+
     found, known = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
     differs = found != known
     if not differs.any():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,7 +18,9 @@ from storage.manifest import Lineage
 from storage.refs import CheckpointRef
 from tasks.checkpoints import CONFIG, config_of, write_checkpoint
 from tasks.choice import Choice
-from tasks.naming import Skeleton
+
+if TYPE_CHECKING:
+    from tasks.naming import Skeleton
 
 _ASSETS = (".json", ".txt", ".model", ".jinja")
 _NOT_ASSETS = ("model.safetensors.index.json", "trainer_state.json", "adapter_config.json")
@@ -54,6 +56,8 @@ def ingest(spec: Checkpoint, store: ArtifactStore, before: CheckpointRef | None 
     folder = locate(spec)
     files = _weight_files(folder)
     config = _read_config(folder)
+    from tasks.naming import Skeleton  # transformers takes seconds to import: only for those who need it
+
     skeleton = Skeleton(config, spec.architecture)
     assets = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _is_asset(path)}
     assets[CONFIG] = config if spec.architecture is None else config_of(skeleton)

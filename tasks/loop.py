@@ -100,6 +100,10 @@ class Watcher(TrainerCallback):
         if states is not None and state.epoch % 1:
             set_generators(states, self._world)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self.companions:
+            one.stepped(state.global_step + 1, kwargs["optimizer"].step_was_skipped)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, model = state.global_step, kwargs["model"]
         if step % self._every == 0:
@@ -202,7 +206,7 @@ class Loop(Trainer):
     optimizer: Optimizer | None
 
     def __init__(self, watcher: Watcher, tuner: Training, world: World, **settings: Any) -> None:
-        super().__init__(callbacks=[*watcher.companions, watcher], **settings)
+        super().__init__(callbacks=[watcher], **settings)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch, and those of `accumulate` are averaged
         self._watcher, self._tuner, self._world = watcher, tuner, world

@@ -18,6 +18,7 @@ from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
 from tasks.lineage.versions import COST, MEASURED
+from tasks.surroundings import surroundings
 
 
 def register(
@@ -59,6 +60,7 @@ def register(
         **({"scores": scores} if scores else {}),
         "store": store.url,
         "parent_version": str(parent) if parent else "none",
+        **surroundings(),
     }
     start = _start(store, entry.update)
     if start is not None:

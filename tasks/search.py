@@ -19,9 +19,8 @@ from storage.tables import write_rows
 from tasks.checkpoints import load_model
 from tasks.choice import Choice, require
 from tasks.evaluate import TABLE, NamedSuite
-from tasks.loop import Report
 from tasks.materialize import materialize
-from tasks.parallel import Budget
+from tasks.parallel import Budget, Report
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -101,6 +103,14 @@ def test_imports_go_one_way() -> None:
         assert inside
         for file in inside:
             assert imported(file).isdisjoint(HOUSE[:place]), file
+
+
+def test_reading_a_chain_loads_no_framework_that_only_its_work_needs() -> None:
+    """They take seconds to import: a typo in a chain is answered without them."""
+    slow = ("transformers.modeling_utils", "torchmetrics", "datasets", "scipy.stats", "peft", "sklearn", "mlflow")
+    code = f"import sys, configs.chain; print([name for name in {slow} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
 
 
 def test_the_readme_lists_every_merger_as_it_is() -> None:

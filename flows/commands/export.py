@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from flows.workplace import Workplace
     from storage.refs import Ref, UpdateRef
+    from tasks.card import Known
     from tasks.exports import Exported, LoraForm
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -56,6 +57,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of lora and delta: {', '.join(_DTYPES)}. [default: float32]")
     ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="ID", help="The base's name on the hub, for the model card.")
+    ] = None,
     memory: Memory = None,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -63,6 +67,7 @@ def export(
     """Write a model, or an update, as a folder that other programs read. Nothing is overwritten.
 
     A model is a Hugging Face folder: config, tokenizer, safetensors. Of an update it is its base with the update added.
+    README.md is its model card: what was merged and how, scores, names, the way back.
 
     Examples:  deltaworks export demo-opcm ./model        deltaworks export update/1b2c ./adapter --as lora --error 0.1
     """
@@ -76,12 +81,12 @@ def export(
         if ref.startswith("update/"):
             from storage.refs import UpdateRef
 
-            done = _update(place, UpdateRef(ref), folder, form, lora, dtype, quiet)
+            done = _update(place, UpdateRef(ref), folder, form, lora, dtype, quiet, base_model)
             console.print(f"{len(done.files)} files in {folder}")
             for line in done.said:
                 console.print(line, markup=False, soft_wrap=True)
         else:
-            _model(place, ref, folder, form, quiet)
+            _model(place, ref, folder, form, quiet, base_model)
 
 
 def _named(place: Workplace, what: str) -> Ref:
@@ -91,9 +96,19 @@ def _named(place: Workplace, what: str) -> Ref:
     return place.store.resolve(what) if "/" in what else head_model(what)
 
 
-def _model(place: Workplace, ref: Ref, folder: Path, form: Form, quiet: bool) -> None:
+def _known(place: Workplace, base_model: str | None) -> Known:
+    from storage.index import index_file, indexed
+    from storage.roots import read_journals
+    from tasks.card import Known
+
+    rows = indexed(place.store, index_file(place.settings.home / "index", place.store.url)).rows
+    return Known(rows, read_journals(place.store.objects).lines, base_model)
+
+
+def _model(place: Workplace, ref: Ref, folder: Path, form: Form, quiet: bool, base_model: str | None) -> None:
     from flows.board import bar
     from storage.refs import CheckpointRef, short
+    from tasks.card import card_of_model
     from tasks.export import export as write
 
     if form not in _WHOLE:
@@ -102,18 +117,30 @@ def _model(place: Workplace, ref: Ref, folder: Path, form: Form, quiet: bool) ->
             remedy="Name an update; `deltaworks line log` and `deltaworks line show` list those of a line",
         )
     with bar(console, "writing tensors", quiet) as report:
-        files = write(CheckpointRef(ref), folder, place.store, report=report)
+        model = CheckpointRef(ref)
+        card = card_of_model(model, place.store, _known(place, base_model))
+        files = write(model, folder, place.store, report=report, card=card)
     console.print(f"{len(files)} files in {folder}")
     console.print(f'load it with AutoModel.from_pretrained("{folder}")')
 
 
 def _update(
-    place: Workplace, ref: UpdateRef, folder: Path, form: Form, lora: LoraForm | None, dtype: str | None, quiet: bool
+    place: Workplace,
+    ref: UpdateRef,
+    folder: Path,
+    form: Form,
+    lora: LoraForm | None,
+    dtype: str | None,
+    quiet: bool,
+    base_model: str | None,
 ) -> Exported:
     from flows.board import bar
     from tasks import exports
+    from tasks.card import card_of_update
 
     applied = exports.open_applied(ref, place.store, place.settings.device)
+    kind = "checkpoint" if form in _WHOLE else str(form)
+    applied.card = card_of_update(ref, applied.base.ref, place.store, _known(place, base_model), kind)
     with bar(console, "writing tensors", quiet) as report:
         match form:
             case Form.LORA:

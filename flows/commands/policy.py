@@ -86,13 +86,15 @@ def _intake_lines(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _exam_lines(exam: Exam | None) -> Iterator[str]:
+    from tasks.suites import source_of
+
     if exam is None:
         yield "exam     none: merges are not evaluated, and nobody is the champion"
         return
     for one in exam.suites:
-        yield f"exam     {one.name}: {one.suite.name}, {one.suite.data.name}"
+        yield f"exam     {one.name}: {one.suite.name}, {source_of(one.suite)}"
     for one in exam.retained:
-        yield f"retained {one.name}: {one.suite.name}, {one.suite.data.name}"
+        yield f"retained {one.name}: {one.suite.name}, {source_of(one.suite)}"
     gate = exam.gate.spec() if exam.gate else {}
     rules = ", ".join(f"{key} {value}" for key, value in gate.items() if key not in ("name", "version") and value)
     yield f"gate     {rules or 'none: nobody is the champion'}"

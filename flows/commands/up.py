@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,6 +67,9 @@ def up(
         place = open_workplace()
         place.store.objects.ready()
         lines, inboxes = chosen(place, line or [], inbox or [])
+        for address in inboxes.values():
+            if ":/" not in address:
+                Path(address).mkdir(parents=True, exist_ok=True)  # what is copied to it must go into it
         for one in (signal.SIGTERM, signal.SIGINT):  # a supervisor's stop too, and in shells that start with it ignored
             signal.signal(one, signal.default_int_handler)
         children: dict[str, Server] = {}

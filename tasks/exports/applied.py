@@ -18,6 +18,7 @@ from storage.manifest import TensorRecord
 from storage.refs import UpdateRef, short
 from tasks.checkpoints import skeleton_of
 from tasks.codecs import is_lossless
+from tasks.export import CARD
 from tasks.extract import HEAD
 from tasks.naming import Skeleton
 from tasks.tensors import check_finite, ground_of, read_delta, read_tensor, wide
@@ -48,6 +49,7 @@ class Applied:
     """
 
     def __init__(self, update: Artifact, base: Artifact, tuned: Artifact | None, device: str = "cpu") -> None:
+        self.card = ""  # the text of the README.md of what is exported (tasks/card.py)
         self.update, self.base = update, base
         self.skeleton: Skeleton = skeleton_of(base)
         self.device = device
@@ -115,6 +117,10 @@ class Applied:
         if not self.heads:
             return []
         return [f"left out: {some(self.heads)}: of the task's head, which the base does not have"]
+
+    def leave_card(self, work: Path) -> None:
+        if self.card:
+            (work / CARD).write_text(self.card)
 
     def record(self, form: str, facts: Mapping[str, Any]) -> bytes:
         """The file that says what the folder is."""

@@ -32,6 +32,7 @@ def export_checkpoint(
         _write(work, applied.skeleton, applied.dtype, applied.after, shard_bytes, report)
         for name in sorted(set(assets.manifest.assets) - {HISTORY}):
             assets.save_asset(name, work / name)
+        applied.leave_card(work)
     said = [_kind(applied), *applied.notes, f'load it with AutoModel.from_pretrained("{folder}")']
     return Exported(sorted(folder.iterdir()), said, {"exact": applied.all_exact})
 
@@ -55,6 +56,7 @@ def export_delta(
     with new_folder(folder) as work:
         _write(work, skeleton, lambda name: dtype, read, shard_bytes, report)
         (work / RECORD).write_bytes(applied.record("delta", {"dtype": str(dtype).removeprefix("torch.")}))
+        applied.leave_card(work)
     said = [f"tuned minus base in {str(dtype).removeprefix('torch.')}, to be added to the base's tensors"]
     return Exported(sorted(folder.iterdir()), [*said, *applied.notes])
 

@@ -71,6 +71,7 @@ class _Writer:
     def write(self, folder: Path) -> Exported:
         with new_folder(folder) as work:
             facts = self._fill(work)
+            self._applied.leave_card(work)
         return Exported(sorted(folder.iterdir()), self._said(folder, facts), facts)
 
     def _fill(self, work: Path) -> dict[str, Any]:

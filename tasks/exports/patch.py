@@ -52,6 +52,7 @@ def export_patch(applied: Applied, folder: Path, shard_bytes: int = SHARD_BYTES,
         facts = {"elements": elements, "changed": sum(one["nnz"] for one in patches), "exact": _exact(applied)}
         origin = {"format": FORMAT, "base": applied.base.ref, "update": applied.update.ref}
         (work / INDEX).write_text(json.dumps({**origin, **facts, "patches": patches}, indent=1))
+        applied.leave_card(work)
     return Exported(sorted(folder.iterdir()), _said(applied, patches, facts, shards.bytes, plain), facts)
 
 

@@ -1,4 +1,4 @@
-"""The page and the picture of a version, kept beside its numbers: files of its run in MLflow."""
+"""The page and the picture of a version, and the packages that made it, kept beside its numbers: files of its run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tasks.lineage.measures import LIGHT, measure
 from tasks.lineage.page import page
 from tasks.lineage.picture import svg
 from tasks.lineage.versions import version_lineage
+from tasks.surroundings import packages
 
-PAGE, PICTURE = "lineage.html", "lineage.svg"
+PAGE, PICTURE, PACKAGES = "lineage.html", "lineage.svg", "packages.txt"
 NEWEST = 40  # merges on a page that is kept: each version has one, and lines grow for years
 
 
@@ -36,7 +37,8 @@ def keep_lineage(made: ModelVersion, entries: Sequence[Entry], store: ArtifactSt
         lineage = version_lineage(one, known, entries, store, pages, newest=NEWEST)
         html = page(lineage, measure(lineage, store, LIGHT), one.description)
         files.write(PICTURE, svg(lineage))
-        files.write(PAGE, html)  # last: it says that both are there
+        files.write(PACKAGES, packages())
+        files.write(PAGE, html)  # last: it says that all are there
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         logging.getLogger(__name__).warning(

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from storage.errors import InvalidInput
 from tasks.choice import Choice
@@ -61,6 +60,8 @@ class Split(NamedTuple):
 
 def split(model: nn.Module, name: str) -> Split:
     """Hidden matrices are all 2-D parameters but embeddings and the output head. InvalidInput if none learns."""
+    from transformers import PreTrainedModel
+
     outside: set[int] = set()
     for module in model.modules():
         head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None

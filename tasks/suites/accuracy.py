@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from storage.errors import InvalidInput
 from tasks.data import Rows
@@ -38,6 +37,9 @@ def accuracy_of(
 
     Raises InvalidInput if there are none.
     """
+    # it loads half of scipy: only for those who score
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+
     probabilities, labels = [], []
     for batch in batches(rows, size, collate):
         there = {name: value.to(device) for name, value in batch.items()}

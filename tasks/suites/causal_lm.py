@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
 from storage.refs import short
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
+from tasks.suites.answers import Encoded, answering, counted_answers, cut_prompt, padded, predictions
 from tasks.suites.base import Batch, Score, batches, first
 from tasks.suites.intervals import mean
 from tasks.suites.labels import require_columns
-from tasks.suites.texts import SHOWN, context, load_tokenizer, require_fitting
+from tasks.suites.texts import SHOWN, context, load_tokenizer
 
-IGNORED = -100  # the label of tokens that count for nothing, as torch and transformers agree
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # some chat templates write the day into the prompt; a task has no clock, so it is always the same day
 _NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
@@ -66,27 +68,6 @@ class CausalLm(Choice):
         return CausalLmProblem(self, base)
 
 
-class AnswerLoss(nn.Module):
-    """The language model with the mean loss of the answers' tokens, in float32. Tokens [B, T] -> logits [B, T, V]."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits_BTV = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        if labels is None:
-            return {"logits": logits_BTV}
-        logits_NV, labels_N = predictions(logits_BTV, labels)
-        return {"loss": functional.cross_entropy(logits_NV, labels_N), "logits": logits_BTV}
-
-
-def predictions(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits that answer tokens were predicted with, each at the token before, and those tokens: [N, V] and [N]."""
-    counts_BT = labels_BT[:, 1:] != IGNORED
-    return logits_BTV[:, :-1][counts_BT].float(), labels_BT[:, 1:][counts_BT]
-
-
 class CausalLmProblem:
     def __init__(self, suite: CausalLm, base: Artifact) -> None:
         self._suite = suite
@@ -122,30 +103,13 @@ class CausalLmProblem:
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Tokens, padded at the end; labels are the answers' tokens, everything else is ignored."""
-        encoded = [self._fitted(*self._encode(row)) for row in rows]
-        length = max(len(prompt) + len(answer) for prompt, answer in encoded)
-        input_ids = torch.full((len(rows), length), self._pad)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORED)
-        for number, (prompt, answer) in enumerate(encoded):
-            end = len(prompt) + len(answer)
-            input_ids[number, :end] = torch.tensor(prompt + answer)
-            attention_mask[number, :end] = 1
-            labels[number, len(prompt) : end] = torch.tensor(answer)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return padded([self._fitted(*self._encode(row)) for row in rows], self._pad)
 
     def counted(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return counted_answers(batch)
 
     def wrap(self, backbone: PreTrainedModel) -> nn.Module:
-        model: Any = backbone  # transformers leaves these two methods without types
-        if model.get_output_embeddings() is None:
-            raise InvalidInput(
-                f"{type(backbone).__name__} predicts no tokens: it has no language-model head",
-                remedy="Ingest the base with `architecture` set to its causal class, for instance LlamaForCausalLM",
-            )
-        require_fitting(self._tokenizer, backbone)
-        return AnswerLoss(backbone)
+        return answering(backbone, self._tokenizer)
 
     @torch.inference_mode()
     def score(
@@ -181,7 +145,7 @@ class CausalLmProblem:
         found = self._tokenizer.pad_token_id
         return int(self._tokenizer.eos_token_id if found is None else found)
 
-    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def _encode(self, row: dict[str, Any]) -> Encoded:
         """Tokens of the whole prompt and of the answer, which ends with the end-of-text token."""
         before, after = self._texts(row) if self._suite.messages is None else self._chat(row[self._suite.messages])
         end = self._tokenizer.eos_token_id
@@ -198,13 +162,8 @@ class CausalLmProblem:
             )
         return prompt, answer
 
-    def _fitted(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """The prompt without so much of its beginning as does not fit."""
-        room = self._most - len(answer)
-        if len(prompt) > room:
-            kept = self._lead[:room]  # models that start with a special token expect it always
-            prompt = [*kept, *prompt[len(prompt) - (room - len(kept)) :]]
-        return prompt, answer
+    def _fitted(self, prompt: list[int], answer: list[int]) -> Encoded:
+        return cut_prompt(prompt, answer, self._most, self._lead)
 
     def _tokens(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
@@ -22,6 +21,9 @@ from tasks.suites.base import Batch, Score, first
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
 from tasks.suites.labels import Labels, require_columns
 from tasks.suites.means import class_means
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class ImageProblem:
         if self._processor is None:
             with assets_folder(self._base) as folder:
                 try:
+                    from transformers import AutoImageProcessor
+
                     self._processor = AutoImageProcessor.from_pretrained(folder)
                 except (OSError, ValueError) as error:
                     raise InvalidInput(

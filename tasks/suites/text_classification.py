@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
@@ -22,6 +21,9 @@ from tasks.suites.heads import AnyHead, ClassNames, CosineHead
 from tasks.suites.labels import Labels, require_columns
 from tasks.suites.means import class_means
 from tasks.suites.texts import SHOWN, Pooling, TextReader, features, pooled, require_fitting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
@@ -23,6 +22,9 @@ from tasks.suites.base import Batch, Score, first
 from tasks.suites.intervals import mean, share
 from tasks.suites.labels import require_columns
 from tasks.suites.texts import SHOWN, Pooling, TextReader, pooled, require_fitting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
 from storage.refs import short
 from tasks.checkpoints import CONFIG, assets_folder
 from tasks.suites.base import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pooling = Literal["cls", "mean"]
 SHOWN = 60  # characters of a text that an error quotes
@@ -23,6 +25,8 @@ _ENDLESS = 10**9  # tokenizers that know no limit name a number beyond all bound
 
 
 def load_tokenizer(base: Artifact) -> Any:
+    from transformers import AutoTokenizer
+
     with assets_folder(base) as folder:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -96,6 +100,8 @@ class TextReader:
 
 def pooled(backbone: nn.Module, pooling: Pooling, batch: Batch) -> Tensor:
     """One feature a text: that of the first token, or the mean over the tokens that are no padding. [B, D]"""
+    from transformers import PreTrainedModel
+
     body = backbone.base_model if isinstance(backbone, PreTrainedModel) else backbone
     hidden_BTD = body(**batch).last_hidden_state
     if pooling == "cls":

@@ -117,9 +117,8 @@ class Allocation(Companion):
         self._last = config.total_step - config.tfinal  # the step after which ranks stay
         self._pattern: dict[str, list[bool]] | None = None
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, model = state.global_step + 1, self._model
-        skipped = kwargs["optimizer"].step_was_skipped
+    def stepped(self, step: int, skipped: bool) -> None:
+        model = self._model
         for parameter in model.parameters():
             # a layer that the loss does not reach has no gradient, and one that is too large for float16 says nothing
             if parameter.requires_grad and (parameter.grad is None or skipped):

@@ -12,17 +12,20 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from storage.errors import InvalidInput
 from tasks.choice import require
-from tasks.naming import Skeleton
 from tasks.tuners.base import Factors, Training
 from tasks.tuners.targets import LINEAR, Layer, Targets, find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.naming import Skeleton
 
 ADAPTER = "default"  # what peft calls the one adapter that there is
 

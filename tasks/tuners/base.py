@@ -6,15 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback
 
 from tasks.choice import Choice, require
-from tasks.naming import Skeleton
 from tasks.optimizers import AdamW, AnyOptimizer, Rates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.naming import Skeleton
 
 
 class Factors(NamedTuple):
@@ -24,8 +27,11 @@ class Factors(NamedTuple):
     A: Tensor
 
 
-class Companion(TrainerCallback):
+class Companion:
     """What a tuner does beside the steps. What it has to remember is saved with a training."""
+
+    def stepped(self, step: int, skipped: bool) -> None:
+        """After the optimizer's step number `step`, from 1; `skipped` if its gradients were too large for float16."""
 
     def state(self) -> dict[str, Any]:
         return {}

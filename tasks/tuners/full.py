@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tasks.choice import require
-from tasks.naming import Skeleton
 from tasks.tuners.base import Factors, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.naming import Skeleton
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from storage.errors import InvalidInput
 from tasks.choice import require
-from tasks.naming import Skeleton, Slot
+
+if TYPE_CHECKING:
+    from tasks.naming import Skeleton, Slot
 
 Targets = tuple[str, ...] | Literal["all-linear", "all-conv", "all"]
 

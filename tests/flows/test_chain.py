@@ -135,7 +135,8 @@ def test_registry_tells_where_a_version_comes_from() -> None:
     tuned = next(run for run in children if run.data.tags["stage"] == "fine_tune")
     assert len(client.get_metric_history(tuned.info.run_id, "training_loss")) > 3
     assert tuned.data.metrics["seconds"] > 0 and tuned.data.tags["device"] == place.settings.device
-    assert {file.path for file in client.list_artifacts(version.run_id)} == {"lineage.html", "lineage.svg"}
+    kept = {file.path for file in client.list_artifacts(version.run_id)}
+    assert kept >= {"lineage.html", "lineage.svg"}
     assert {outcome.base_scores, outcome.prepared[-1].alone} == set(version.tags["measured"].split())
 
 

@@ -178,6 +178,7 @@ def test_all_steps_of_a_first_run_are_counted(count: Count) -> None:
     [
         ({"gate": {"name": "gate", "of_alone": 2}}, "of_alone must be null or in"),
         ({"gate": {"name": "gate", "average": 2}}, "there is no such field"),
+        ({"gate": {"name": "gate", "retry": [0.5, 0]}}, "retry must be factors, finite and positive"),
         ({"gate": {"name": "gate", "retained": 0.9}}, "`retained` names none"),
         ({"gate": {"name": "gate", "on_failure": "ignore"}}, "is not one of 'keep', 'leave_out' or 'stop'"),
     ],
@@ -189,6 +190,25 @@ def test_wrong_gates_are_refused(change: dict[str, object], words: str) -> None:
     values = {"name": "x", "base": {"name": "digits_base"}, "tasks": [{"name": "a", "suite": suite}], "lines": [line]}
     with pytest.raises(InvalidInput, match=re.escape(words)):
         parse_chain(values)
+
+
+def test_a_merge_that_fails_is_written_smaller_where_the_gate_lists_factors(count: Count) -> None:
+    suite = ImageClassification(Digits(limit=50), ClassMeans())
+    config = gated(None, "leave_out", retained=0.9, abilities=(Ability("upright", suite),))
+    harmful = replace(config.tasks[0], tuner=replace(config.tasks[0].tuner, learning_rate=0.1))  # type: ignore[type-var]
+    gate = replace(config.lines[0].gate, retry=(0.9, 1e-4))  # type: ignore[type-var]
+    config = replace(config, tasks=(harmful,), lines=(replace(config.lines[0], gate=gate),))
+    line = only(config)
+    (step,) = line.steps
+    assert (step.entry.factor, step.version.version) == (1e-4, 1)
+    assert step.verdict is not None and step.verdict.passed
+    assert step.summary.retained is not None and step.summary.retained >= 0.9
+    version = here().registry._client.get_model_version(line.name, "1")
+    assert (version.tags["factor"], version.tags["gate"]) == ("0.0001", "passed")
+    assert "smoke-average: evaluate rot90 at 0.9" in count.labels
+    before = len(count.labels)
+    assert only(config).steps[0].entry == step.entry
+    assert len(count.labels) == before, "everything is found done"
 
 
 def test_a_gate_that_lets_nobody_in_says_so() -> None:

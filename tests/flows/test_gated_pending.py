@@ -112,6 +112,18 @@ def test_what_fails_is_left_out_with_its_reason_and_the_others_go_on(base: Check
     assert await_events(CHAMPION, {LINE}) == await_events(REFUSED, {LINE}) == {LINE}
 
 
+def test_what_fails_is_written_smaller_where_the_gate_lists_factors(base: CheckpointRef, tmp_path: Path) -> None:
+    set_exam("leave_out", retry=(0.9, 1e-4))
+    drop(base, tmp_path, "first", 1, 1e-3)
+    drop(base, tmp_path, "harmful", 2, 1.0)
+    found = merge_pending(LINE)
+    assert [(entry.task, entry.factor) for entry in found.merged] == [("first", 1.0), ("harmful", 1e-4)]
+    assert not found.quarantined
+    assert states() == {"first": ("merged", "passed"), "harmful": ("merged", "passed")}
+    assert aliases() == {"head": 2, "champion": 2, "previous": 1}
+    assert MlflowClient(here().settings.tracking).get_model_version(LINE, "2").tags["factor"] == "0.0001"
+
+
 def test_what_fails_may_stay_in_the_line_while_the_champion_is_another(base: CheckpointRef, tmp_path: Path) -> None:
     set_exam("keep")
     for seed, (name, size) in enumerate({"first": 1e-3, "harmful": 1.0, "after": 1e-3}.items(), 1):

@@ -16,7 +16,7 @@ from flows.workplace import here
 from storage.registry import ModelVersion
 from storage.registry_lines import LineVersions, RunFiles
 from tasks.gate import Verdict
-from tasks.lineage.kept import PAGE, PICTURE
+from tasks.lineage.kept import PACKAGES, PAGE, PICTURE
 from tasks.lineage.versions import version_lineage
 from tests.tasks.lineage_case import Grown
 
@@ -54,7 +54,7 @@ def test_every_version_keeps_its_page_and_its_picture(grown: Grown) -> None:
     versions = registered(grown)
     registry = here().registry
     for made in versions:
-        assert sorted(RunFiles(registry, made.run_id).names()) == [PAGE, PICTURE]
+        assert sorted(RunFiles(registry, made.run_id).names()) == [PAGE, PICTURE, PACKAGES]
         (page,) = here().settings.home.glob(f"mlflow-artifacts/*/{made.run_id}/artifacts/{PAGE}")
         text = page.read_text()
         assert f"tiny@{made.version}" in text and f"version {made.version}" in text
@@ -110,7 +110,7 @@ def test_a_page_that_cannot_be_kept_costs_no_version(grown: Grown, caplog: pytes
     assert LineVersions(here().registry, "tiny").one("1").step == 1
     blocked.unlink()
     assert not grown.register(0, here().registry).fresh
-    assert sorted(RunFiles(here().registry, made.run_id).names()) == [PAGE, PICTURE]
+    assert sorted(RunFiles(here().registry, made.run_id).names()) == [PAGE, PICTURE, PACKAGES]
 
 
 def test_a_tree_of_everything(grown: Grown) -> None:

@@ -96,6 +96,7 @@ def test_mlflow_is_away_for_as_long_as_steps_are_tried_again(
 ) -> None:
     monkeypatch.setenv("DELTAWORKS_STORE", s3_url)
     mlflow = Mlflow(home)
+    back, over = threading.Event(), threading.Event()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -106,13 +107,16 @@ def test_mlflow_is_away_for_as_long_as_steps_are_tried_again(
             mlflow.kill()
             time.sleep(8)
             mlflow.start()
+            back.set()
+            over.wait()  # a server ends with the thread that started it
 
-        watching = when_merged(2, gap)
+        when_merged(2, gap)
         _until_done(lambda: merge_pending(LINE))
-        watching.join()
+        assert back.wait(60)
         _until_done(lambda: merge_pending(LINE))
         check_end(tmp_path)
     finally:
+        over.set()
         mlflow.kill()
 
 
@@ -164,9 +168,10 @@ def test_the_store_is_away(tmp_path: Path, s3_url: str, monkeypatch: pytest.Monk
         check_end(tmp_path)
 
 
-def _until_done(start: Callable[[], object], runs: int = 10) -> None:
-    """What a schedule does: start a run again and again."""
-    for _ in range(runs):
+def _until_done(start: Callable[[], object], patience: float = 180.0) -> None:
+    """What a schedule does: start a run again and again. On a busy machine MLflow takes half a minute to start."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
         try:
             start()
         except Unavailable:

@@ -35,7 +35,6 @@ class Service:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.inbox = folder, folder / "inbox"
-        self.inbox.mkdir(exist_ok=True)
         self.log = folder / "up.log"
         port = free_port()
         self.api = f"http://{LOOPBACK}:{port}/api"

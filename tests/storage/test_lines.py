@@ -395,3 +395,13 @@ def test_going_back_to_what_never_was_is_damaged(line: Line) -> None:
     line.rollback(other, "")
     with pytest.raises(Damaged, match="line/main/00000002 goes back to state/"):
         line.history()
+
+
+def test_an_entry_that_nobody_could_read_is_not_written() -> None:
+    line = Line(MemoryObjects(), "a")
+    head = line.open(BASE, MERGER)
+    state = state_of(None, "a", 1.0, MERGER)
+    for task, weight in (("two\nlines", 1.0), ("x", float("nan"))):
+        with pytest.raises(InvalidInput, match="line 'a', entry 1"):
+            line.fold(head, task, UpdateRef(ref("update", "a")), state, weight)
+    assert line.head() == head

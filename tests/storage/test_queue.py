@@ -278,11 +278,13 @@ TestLife = Life.TestCase
 
 
 def test_schedules_in_a_folder(tmp_path: Path) -> None:
-    killed = 0
-    for seed in range(12):
+    """Twelve, and more until six processes were killed: how many are still at work then depends on the disk."""
+    killed = seed = 0
+    while seed < 12 or killed < 6:
+        assert seed < 60, f"of 60 schedules, {killed} processes were killed at work"
         killed += play(f"file://{tmp_path}", f"line-{seed}", seed)
         check(f"file://{tmp_path}", f"line-{seed}")
-    assert killed > 5
+        seed += 1
 
 
 def test_schedules_on_s3(s3_url: str) -> None:

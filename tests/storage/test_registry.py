@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from storage.errors import Unavailable
+from storage.errors import InvalidInput, Unavailable
 from storage.refs import KINDS, Ref
 from storage.registry import DataInput, Registry, Stage
 
@@ -101,7 +103,33 @@ def test_an_absent_server_is_unavailable_and_keeps_secrets(tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(Unavailable) as caught:
         Registry("http://someone:pass-phrase@127.0.0.1:9", tmp_path)
-    assert "127.0.0.1:9" in str(caught.value)
+    assert "MLflow at http://127.0.0.1:9 does not answer: NewConnectionError" in str(caught.value)
+    assert "pass-phrase" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "wants to know who asks"), (403, "does not allow this to 'reader'")]
+)
+def test_a_server_that_wants_another_user_says_what_to_set(
+    status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in front of MLflow, or its own authentication, answers so."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pass-phrase")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(InvalidInput, match=f"{said}.*Set MLFLOW_TRACKING_USERNAME and") as caught:
+            Registry(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        server.shutdown()
     assert "pass-phrase" not in str(caught.value)
 
 

@@ -31,8 +31,9 @@ from tasks.extract import Extract, extract_update
 from tasks.fine_tune import fine_tune
 from tasks.ingest import Checkpoint, ingest
 from tasks.suites import CausalLm
+from tasks.suites.answers import IGNORED
 from tasks.suites.base import Score
-from tasks.suites.causal_lm import IGNORED, CausalLmProblem
+from tasks.suites.causal_lm import CausalLmProblem
 from tasks.tensors import read_tensor
 from tasks.tuners import Full, Lora
 from tests.tasks.tiny_tokenizer import BOS, EOS, IDS, ids, quiet, save_tokenizer

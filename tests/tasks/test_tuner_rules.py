@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,8 +133,7 @@ def test_the_ranks_of_adalora_are_what_peft_allocates(tmp_path: Path) -> None:
                     twins[name].copy_(parameter)
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
                 twins[name].grad = parameter.grad.clone()
-        state = SimpleNamespace(global_step=step - 1)
-        ran.on_optimizer_step(None, state, None, optimizer=SimpleNamespace(step_was_skipped=False))
+        ran.stepped(step, skipped=False)
         theirs.base_model.update_and_allocate(step)
         assert all(torch.equal(ours[name], twins[name]) for name in ours)
     ranks = [int((one != 0).sum()) for name, one in ours.items() if "lora_E" in name]
