@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.terminal import Memory, Workers, console, errors_explained, open_workplace
+from flows.terminal import Memory, Workers, console, errors, errors_explained, open_workplace
 from storage.errors import InvalidInput, Missing
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ def _found(text: str, place: Workplace) -> tuple[Lineage, str]:
     if not all_of_it and journal:
         return _unregistered(name, which, journal, place), ""
     one = versions.one(which)
+    made_in = one.tags.get("store", store.url)
+    if made_in.rstrip("/") != store.url.rstrip("/"):
+        errors.print(f"note: {one} was made in {made_in}, which is not this store, {store.url}", markup=False)
     pages: Mapping[int, Mapping[str, str]] = {each.number: versions.stage_pages(each) for each in all_of_it}
     # versions that were registered before they said where the scores beside them are
     scored = None if all(MEASURED in each.tags for each in all_of_it) else Scored.everything(store)

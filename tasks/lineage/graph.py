@@ -36,17 +36,25 @@ def lineage_of(
     scored: Scored,
     costs: Mapping[str, Mapping[str, Any]],
     version: Known | None = None,
+    newest: int | None = None,
 ) -> Lineage:
     """The graph of `merges`, the last of the line itself being the version.
 
-    `costs`: ref, cut short as people write it -> seconds and device.
+    `costs`: ref, cut short as people write it -> seconds and device. `newest`: draw no more than so many merges of the
+    line; what its scores say is of all of them.
     """
     inside = [one for one in merges if not one.aside]
     last = inside[-1].entry
-    accuracy = accuracy_of([(one.entry, one.model) for one in inside], last.base, _tuned_of(inside, store), scored)
-    drawing = _Drawing(store, accuracy, scored, costs)
-    drawing.base(last.base, accuracy)
-    for number, merge in enumerate(merges, 1):
+    drawn = inside[-newest:] if newest else inside
+    earlier = len(inside) - len(drawn)
+    states = {drawn[0].after, *(one.entry.state for one in drawn)}
+    drawn = [*drawn, *(one for one in merges if one.aside and one.after in states)]
+    known = accuracy_of(
+        [(one.entry, one.model) for one in inside], last.base, _tuned_of(drawn, store), scored, len(inside) - earlier
+    )
+    drawing = _Drawing(store, known, scored, costs)
+    drawing.base(last.base, known)
+    for number, merge in enumerate(drawn, 1):
         drawing.merge(number, merge)
     return Lineage(
         line,
@@ -55,12 +63,13 @@ def lineage_of(
         dict(last.merger),
         store.url,
         tuple(sorted(drawing.nodes.values(), key=lambda node: (node.row, KINDS.index(node.kind)))),
-        tuple(dict.fromkeys(drawing.edges)),
-        accuracy,
+        tuple(one for one in dict.fromkeys(drawing.edges) if one.source in drawing.nodes),
+        known,
         version.aliases if version else (),
         version.verdict if version else "",
         version.reasons if version else "",
         version.pages.get("") if version else None,
+        earlier,
     )
 
 

@@ -16,6 +16,7 @@ from tasks.lineage.versions import version_lineage
 from tasks.surroundings import packages
 
 PAGE, PICTURE, PACKAGES = "lineage.html", "lineage.svg", "packages.txt"
+NEWEST = 40  # merges on a page that is kept: each version has one, and lines grow for years
 
 
 def keep_lineage(made: ModelVersion, entries: Sequence[Entry], store: ArtifactStore, registry: Registry) -> bool:
@@ -33,7 +34,7 @@ def keep_lineage(made: ModelVersion, entries: Sequence[Entry], store: ArtifactSt
         one = next(version for version in known if version.number == made.version)
         pages = {each.number: {"": at} for each in known if (at := versions.page(each))}
         pages[one.number] = versions.stage_pages(one)
-        lineage = version_lineage(one, known, entries, store, pages)
+        lineage = version_lineage(one, known, entries, store, pages, newest=NEWEST)
         html = page(lineage, measure(lineage, store, LIGHT), one.description)
         files.write(PICTURE, svg(lineage))
         files.write(PACKAGES, packages())

@@ -26,6 +26,7 @@ from tasks.similarity import similarity
 from tasks.tensors import read_delta, read_tensor
 
 LIGHT = 8_000_000  # numbers in all updates: what is measured for every version as it is registered
+_PAIRS = 3_000  # of tensors, likewise
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")  # `layers.3` of `layers.3.mlp.fc1.weight`
 
 
@@ -74,26 +75,37 @@ def measure(
     pruned or is damaged, is said and does not stop the rest.
     """
     merged = _merged(lineage)
-    numbers = 0
-    for _, ref in merged:
-        try:
-            numbers += store.open(ref).manifest.parameters
-        except DeltaworksError:
-            continue
-    if limit is not None and numbers > limit:
-        why = f"{numbers:,} numbers are too many to read for every version; `deltaworks lineage` does it when asked"
-        return Measures(missing={"similarity": why, "layers": why})
-    missing: dict[str, str] = {}
+    missing = {} if limit is None else _too_much([ref for _, ref in merged], store, limit)
     alike = layers = None
     try:
-        alike = _alike(merged, store, budget, report) if len(merged) > 1 else None
+        wanted = len(merged) > 1 and "similarity" not in missing
+        alike = _alike(merged, store, budget, report) if wanted else None
     except DeltaworksError as error:
         missing["similarity"] = str(error)
     try:
-        layers = _layers(lineage, merged, store)
+        layers = _layers(lineage, merged, store) if "layers" not in missing else None
     except DeltaworksError as error:
         missing["layers"] = str(error)
     return Measures(alike, layers, missing)
+
+
+def _too_much(updates: Sequence[UpdateRef], store: ArtifactStore, limit: int) -> dict[str, str]:
+    """What would take too long to do for every version."""
+    numbers = tensors = 0
+    for ref in updates:
+        try:
+            manifest = store.open(ref).manifest
+        except DeltaworksError:
+            continue
+        numbers += manifest.parameters
+        tensors += len(manifest.tensors)
+    asked = "for every version; `deltaworks lineage` does it when asked"
+    found: dict[str, str] = {}
+    if tensors * (len(updates) - 1) / 2 > _PAIRS:
+        found["similarity"] = f"{len(updates)} updates of {tensors:,} tensors are too many to compare {asked}"
+    if numbers > limit:
+        found = dict.fromkeys(("similarity", "layers"), f"{numbers:,} numbers are too many to read {asked}")
+    return found
 
 
 def _merged(lineage: Lineage) -> list[tuple[str, UpdateRef]]:

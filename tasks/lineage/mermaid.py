@@ -32,9 +32,8 @@ def _lines(lineage: Lineage) -> Iterator[str]:
         text = "<br/>".join(_quoted(one) for one in about)
         yield f'  {names[node.id]}["{text}"]:::{node.kind}'
     for edge in lineage.edges:
-        if edge.source in names:
-            arrow = "-.->" if edge.role == "start" else "-->"
-            yield f"  {names[edge.source]} {arrow} {names[edge.target]}"
+        arrow = "-.->" if edge.role == "start" else "-->"
+        yield f"  {names[edge.source]} {arrow} {names[edge.target]}"
     for node in lineage.nodes:
         page = next(iter(links(node).values()), None)
         if page:

@@ -104,6 +104,7 @@ class Lineage:
     verdict: str = ""
     reasons: str = ""
     page: str | None = None
+    earlier: int = 0  # merges that are not drawn
 
     @property
     def title(self) -> str:

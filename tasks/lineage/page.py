@@ -229,7 +229,7 @@ def _head(lineage: Lineage) -> Iterator[tuple[str, str]]:
     for name in ("average", "worst", "forgetting"):
         if name in figures:
             yield words.label(name), words.figure(name, figures[name])
-    yield "updates", str(len([node for node in lineage.of_kind("state") if not node.aside]))
+    yield "updates", str(lineage.earlier + len([node for node in lineage.of_kind("state") if not node.aside]))
     small = [node for kind in ("compressed", "update") for node in lineage.of_kind(kind)]
     if small:
         yield "updates take", words.size(_totals(lineage.of_kind("compressed") or small)["bytes"])

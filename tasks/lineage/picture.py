@@ -72,7 +72,7 @@ class Box:
         found: list[Badge] = []
         edge = self.right - 6
         for text in reversed(self.node.badges):
-            width = 12 + 6 * len(text)
+            width = 14 + round(6.5 * len(text))
             found.append(Badge(text, edge - width, width, text in (LEFT_OUT, REFUSED)))
             edge -= width + 4
         return found
@@ -116,7 +116,7 @@ def drawn(lineage: Lineage) -> Drawing:
             box = Box(node, number, places[node.kind], y + 24, HEIGHT - 24)
         boxes[node.id] = box
     rows = max((node.row for node in lineage.nodes), default=1)
-    paths = [_path(edge, boxes[edge.source], boxes[edge.target]) for edge in lineage.edges if edge.source in boxes]
+    paths = [_path(edge, boxes[edge.source], boxes[edge.target]) for edge in lineage.edges]
     return Drawing(
         2 * _LEFT + len(kinds) * (WIDTH + GAP) - GAP,
         _TOP + rows * ROW - (ROW - HEIGHT) + 10,

@@ -6,7 +6,7 @@ Notation as in tasks/evaluate.py: R[i, j] is the score on task j after step i.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from storage.artifacts import ArtifactStore
@@ -121,11 +121,11 @@ class Accuracy:
 
 
 def accuracy_of(
-    steps: Sequence[tuple[Entry, str | None]], base: str, tuned: Mapping[str, str], scored: Scored
+    steps: Sequence[tuple[Entry, str | None]], base: str, tuned: Mapping[str, str], scored: Scored, newest: int
 ) -> Accuracy:
     """The matrix of a line's merges, each given with the model that it made; what is not known is left out of it.
 
-    `tuned`: update -> the model that was tuned for it.
+    `tuned`: update -> the model that was tuned for it. `newest`: so many rows, and the tasks merged in them.
     """
     tasks = list(dict.fromkeys(task_of(entry.task) for entry, _ in steps))
     alone: dict[str, float] = {}
@@ -141,25 +141,24 @@ def accuracy_of(
         rows.append(Row(entry.step, entry.task, scores))
     measured = {task for row in rows for task in row.scores}
     before = scored.leading(base)
+    kept = {task_of(entry.task) for entry, _ in steps[-newest:]}
     return Accuracy(
-        tuple(task for task in tasks if task in measured or task in alone),
-        tuple(_summarised(rows, alone)),
+        tuple(task for task in tasks if task in kept and (task in measured or task in alone)),
+        tuple(_summarised(rows, alone, newest)),
         {task: before[task] for task in tasks if task in before},
         alone,
     )
 
 
-def _summarised(rows: Sequence[Row], alone: Mapping[str, float]) -> list[Row]:
-    """Rows with what they say, as far as every task that was merged by then was measured, at every step."""
+def _summarised(rows: Sequence[Row], alone: Mapping[str, float], newest: int) -> list[Row]:
+    """The newest rows with what they say, as far as every task that was merged by then was measured, at every step."""
     found: list[Row] = []
     matrix: list[dict[str, float]] = []
-    whole = True
+    whole, merged = True, set[str]()
     for number, row in enumerate(rows, 1):
-        merged = {task_of(one.merged) for one in rows[:number]}
+        merged.add(task_of(row.merged))
         whole = whole and merged == set(row.scores)
-        if not whole:
-            found.append(row)
-            continue
         matrix.append({task: one.value for task, one in row.scores.items()})
-        found.append(Row(row.step, row.merged, row.scores, summarise(matrix, alone)))
+        if number > len(rows) - newest:
+            found.append(replace(row, summary=summarise(matrix, alone)) if whole else row)
     return found

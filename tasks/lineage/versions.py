@@ -28,11 +28,13 @@ def version_lineage(
     store: ArtifactStore,
     pages: Mapping[int, Mapping[str, str]] | None = None,
     scored: Scored | None = None,
+    newest: int | None = None,
 ) -> Lineage:
     """The graph of a registered version. `versions`: all of its line; `journal`: all entries, none if it is gone.
 
     `pages`: number -> where a browser finds the version, `""`, and the runs of its stages. Without `scored` the scores
-    are those that the registry names. Raises Missing if nothing says what was merged.
+    are those that the registry names. `newest`: draw no more merges than these. Raises Missing if nothing says what was
+    merged.
     """
     known = {one.number: _known(one, (pages or {}).get(one.number, {})) for one in versions}
     entries = entries_of(version, versions, journal)
@@ -45,7 +47,7 @@ def version_lineage(
             number = entries[-1].number + 1
             merges.append(Merge(_entry(one, number), after, (known[one.number],), aside=True))
     seen = scored or registered_scores(versions, store)
-    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number])
+    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number], newest)
 
 
 def entry_lineage(line: str, entries: Sequence[Entry], store: ArtifactStore, scored: Scored) -> Lineage:
@@ -63,6 +65,10 @@ def entries_of(version: LineVersion, versions: Sequence[LineVersion], journal: S
     places = [at for at, one in enumerate(journal) if one.state == version.state and one.factor == factor]
     if places:
         return history_of(journal[: places[-1] + 1], version.name)
+    for at, one in enumerate(journal):
+        if any(fold.state == version.state and fold.factor == factor for fold in one.folds):  # inside a rebuild
+            entries = history_of(journal[: at + 1], version.name)
+            return entries[: 1 + [entry.state for entry in entries].index(version.state)]
     parent = _numbered(versions, version.tags.get("parent_version"))
     before = entries_of(parent, versions, journal) if parent else []
     if len(before) != version.step - 1:

@@ -89,11 +89,16 @@ def shown(node: Node) -> list[str]:
     """The two lines under a node's title in the picture."""
     if not node.stored and node.ref:
         return ["pruned"]
-    words = {"forgetting": "forgot {}", "norm": "norm {}", "examples": "{} examples", "average": "average {}"}
+    words = {
+        "forgetting": "forgot {}",
+        "norm": "norm {}",
+        "examples": "{} examples",
+        "average": "average {}",
+        "parameters": "{} numbers",
+    }
     found = [name for name in _SHOWN[node.kind] if name in node.figures]
     if node.kind == "base" and "average" in node.figures:
         found = ["average", "parameters"]
-        words["parameters"] = "{} numbers"
     if node.kind == "data" and "fingerprint" in found:
         words["fingerprint"] = "{}…"
     if node.kind == "compressed":

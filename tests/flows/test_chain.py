@@ -134,6 +134,10 @@ def test_registry_tells_where_a_version_comes_from() -> None:
     assert f"{last.entry.task}.calibration_error" in scores.data.metrics
     tuned = next(run for run in children if run.data.tags["stage"] == "fine_tune")
     assert len(client.get_metric_history(tuned.info.run_id, "training_loss")) > 3
+    assert tuned.data.metrics["seconds"] > 0 and tuned.data.tags["device"] == place.settings.device
+    kept = {file.path for file in client.list_artifacts(version.run_id)}
+    assert kept >= {"lineage.html", "lineage.svg"}
+    assert {outcome.base_scores, outcome.prepared[-1].alone} == set(version.tags["measured"].split())
 
 
 @pytest.mark.usefixtures("home", "count")

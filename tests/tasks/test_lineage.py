@@ -17,6 +17,10 @@ import pytest
 
 from storage.artifacts import ArtifactStore
 from storage.directory import DirectoryObjects
+from storage.errors import Missing
+from storage.lines import Line
+from storage.registry_lines import LineVersion
+from tasks.lineage import measures as measures_room
 from tasks.lineage.curves import Curve, chart
 from tasks.lineage.measures import clustered, layer_of, measure
 from tasks.lineage.mermaid import mermaid
@@ -24,7 +28,7 @@ from tasks.lineage.nodes import KINDS, Lineage
 from tasks.lineage.page import as_json, page
 from tasks.lineage.picture import drawn, svg
 from tasks.lineage.scored import Scored
-from tasks.lineage.versions import entry_lineage
+from tasks.lineage.versions import entries_of, entry_lineage, version_lineage
 from tasks.similarity import similarity
 from tasks.tensors import read_delta, read_tensor
 from tests.builders import memory_store
@@ -36,6 +40,15 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def lineage(grown: Grown) -> Lineage:
     return entry_lineage(grown.name, grown.entries, grown.store, Scored.everything(grown.store))
+
+
+def version(grown: Grown, step: int) -> LineVersion:
+    """A step, counted from 0, as the registry tells of it."""
+    entry = grown.entries[step]
+    tags = {"task": entry.task, "step": str(entry.step), "base": grown.base, "merger": json.dumps(dict(entry.merger))}
+    tags |= {"update": str(entry.update), "state": str(entry.state), "model": grown.models[step]}
+    tags |= {"scores": grown.scored[step], "parent_version": str(step) if step else "none"}
+    return LineVersion(grown.name, step + 1, (), "run", "", tags)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +122,41 @@ def test_too_much_is_not_measured_but_said(grown: Grown, found: Lineage) -> None
     measures = measure(found, grown.store, limit=numbers - 1)
     assert measures.alike is None and f"{numbers:,} numbers are too many" in measures.missing["layers"]
     assert f"{numbers:,} numbers are too many" in page(found, measures)
+
+
+def test_many_tensors_are_not_compared_for_every_version(
+    grown: Grown, found: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures_room, "_PAIRS", 11)
+    measures = measure(found, grown.store, limit=10**6)
+    assert measures.alike is None and measures.layers is not None
+    assert "3 updates of 12 tensors are too many to compare" in measures.missing["similarity"]
+    assert measure(found, grown.store).alike is not None, "who asks gets it"
+
+
+def test_of_a_long_line_the_newest_merges_are_drawn(grown: Grown, found: Lineage) -> None:
+    """With what the scores say of all of it."""
+    cut = version_lineage(version(grown, 2), [version(grown, step) for step in range(3)], [], grown.store, newest=2)
+    assert cut.earlier == 1
+    assert [len(cut.of_kind(kind)) for kind in KINDS] == [1, 2, 2, 2, 2, 2, 2]
+    names = {node.id for node in cut.nodes}
+    assert all({edge.source, edge.target} <= names for edge in cut.edges)
+    assert cut.of_kind("model")[-1].figures["forgetting"] == found.of_kind("model")[-1].figures["forgetting"]
+    assert [row.merged for row in cut.accuracy.rows] == ["dates", "names"] == list(cut.accuracy.tasks)
+    text = page(cut, measure(cut, grown.store))
+    assert "1 before them are left out" in text and "<dt>updates</dt><dd>3</dd>" in text
+
+
+def test_a_version_inside_a_rebuild_has_its_merges(grown: Grown) -> None:
+    """The journal says so in one entry."""
+    folds = [entry.fold for entry in grown.entries]
+    opened, journal = next(grown.line.entries()), Line(grown.store.objects, "rebuilt")
+    journal.open(grown.base, opened.merger)
+    journal.rebuild(journal.head(), opened.merger, folds)
+    held = entries_of(version(grown, 1), [], list(journal.entries()))
+    assert [one.fold for one in held] == folds[:2]
+    with pytest.raises(Missing, match="tiny@2 holds 2 updates, which the journal of line 'tiny' does not list"):
+        entries_of(version(grown, 1), [], [])
 
 
 def test_those_alike_are_neighbours() -> None:
