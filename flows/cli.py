@@ -24,6 +24,7 @@ from flows.commands.lineage import lineage
 from flows.commands.lines import line_app
 from flows.commands.merge import merge
 from flows.commands.policy import line_policy
+from flows.commands.questions import contains, diff, reproduce
 from flows.commands.queues import line_discard, line_requeue, line_status
 from flows.commands.reports import report_app
 from flows.commands.rooms import du, pin, pins, prune, unpin
@@ -118,8 +119,10 @@ app.add_typer(series_app, name="series", rich_help_panel=_UPDATES)
 app.command()(compare)
 app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
-for _command in (tuners, codecs, compress, inspect, similarity, lineage, merge, export, promote, rollback, champions):
+for _command in (tuners, codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
     app.command(rich_help_panel=_UPDATES)(_command)
+for _question in (lineage, contains, diff, reproduce):
+    app.command(rich_help_panel=_UPDATES)(_question)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)
 for _called, _work in (

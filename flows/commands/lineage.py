@@ -131,19 +131,10 @@ def _found(text: str, place: Workplace) -> tuple[Lineage, str]:
 
 
 def _unregistered(name: str, which: str | None, journal: Sequence[Entry], place: Workplace) -> Lineage:
-    from storage.lines import history_of
     from tasks.lineage.scored import Scored
-    from tasks.lineage.versions import entry_lineage
+    from tasks.lineage.versions import entries_at, entry_lineage
 
-    number = journal[-1].number if which is None else int(which) if which.isdecimal() else -1
-    if not 0 <= number < len(journal):
-        raise Missing(
-            f"MLflow has no model {name!r}, and its line no entry {which!r}",
-            remedy=f"Entries: 0 to {journal[-1].number}, see `deltaworks line log {name}`",
-        )
-    entries = history_of(journal[: number + 1], name)
-    if not entries:
-        raise InvalidInput(f"line {name!r} has merged nothing by entry {number}", remedy="Name a later entry")
+    _, entries = entries_at(name, which, journal)
     return entry_lineage(name, entries, place.store, Scored.everything(place.store))
 
 

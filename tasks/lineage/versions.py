@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from storage.artifacts import ArtifactStore
-from storage.errors import DeltaworksError, Missing
+from storage.errors import DeltaworksError, InvalidInput, Missing
 from storage.lines import Entry, history_of
 from tasks.lineage.graph import lineage_of, merges_of
 from tasks.lineage.nodes import Known, Lineage, Merge
@@ -117,6 +117,23 @@ def _known(version: LineVersion, pages: Mapping[str, str]) -> Known:
         version.left_out,
         pages,
     )
+
+
+def entries_at(line: str, which: str | None, journal: Sequence[Entry]) -> tuple[int, list[Entry]]:
+    """The number of a journal entry that was typed, without one the newest, and the merges that made its state.
+
+    For a line that no registry knows. Raises Missing if there is no such entry, InvalidInput if it has merged nothing.
+    """
+    number = journal[-1].number if which is None else int(which) if which.isdecimal() else -1
+    if not 0 <= number < len(journal):
+        raise Missing(
+            f"MLflow has no model {line!r}, and its line no entry {which!r}",
+            remedy=f"Entries: 0 to {journal[-1].number}, see `deltaworks line log {line}`",
+        )
+    entries = history_of(journal[: number + 1], line)
+    if not entries:
+        raise InvalidInput(f"line {line!r} has merged nothing by entry {number}", remedy="Name a later entry")
+    return number, entries
 
 
 def _numbered(versions: Sequence[LineVersion], number: str | None) -> LineVersion | None:
