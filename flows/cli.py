@@ -39,6 +39,7 @@ from flows.commands.up import up
 from flows.commands.verify import verify
 from flows.commands.watch import watch
 from flows.commands.webhook import webhook
+from flows.commands.why import why
 from flows.terminal import (
     Memory,
     Quiet,
@@ -121,7 +122,7 @@ app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store", rich_help_panel=_STORE)
 for _command in (tuners, codecs, compress, inspect, similarity, merge, export, promote, rollback, champions):
     app.command(rich_help_panel=_UPDATES)(_command)
-for _question in (lineage, contains, diff, reproduce):
+for _question in (lineage, why, contains, diff, reproduce):
     app.command(rich_help_panel=_UPDATES)(_question)
 for _verb in (verify, du, prune, pin, unpin, pins, copy, mirror, table):
     app.command(rich_help_panel=_STORE)(_verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -176,6 +177,27 @@ def test_export_loads_in_transformers(grown: Path, tmp_path: Path) -> None:
     again = deltaworks(grown, "export", "smoke-opcm", str(folder))
     assert again.returncode == 1
     assert "not empty" in again.stderr
+
+
+def test_why_a_task_lost(grown: Path) -> None:
+    """Left out, the newest update gives the model of the version before: its score is known from there."""
+    found = json.loads(deltaworks(grown, "why", "smoke-opcm@3", "--leave-one-out", "--json").stdout)
+    assert (found["version"], found["before"], found["task"]) == ("smoke-opcm@3", "smoke-opcm@2", "permute")
+    changes = {one["task"]: one for one in found["changes"]}
+    assert set(changes) == {"rot90", "invert", "permute"} and changes["permute"]["before"] is None
+    lost = found["changes"][0]
+    assert lost["after"] - lost["before"] == min(
+        one["after"] - one["before"] for one in (changes["rot90"], changes["invert"])
+    )
+    assert all(0 <= one["p"] <= 1 for one in (changes["rot90"], changes["invert"]))
+    left = {one["task"]: one for one in found["without"]}
+    assert set(left) == {"rot90", "invert", "permute"} - {lost["task"]}
+    assert left["permute"]["score"] == lost["before"]
+    assert all(one["gain"] == pytest.approx(one["score"] - lost["after"]) for one in left.values())
+    told = deltaworks(grown, "why", "smoke-opcm@2").stdout
+    assert "smoke-opcm@2 is smoke-opcm@1 + invert" in told and "why smoke-opcm@2 --leave-one-out" in told
+    wrong = deltaworks(grown, "why", "smoke-opcm@2", "--task", "nope")
+    assert wrong.returncode == 1 and "Its tasks: rot90, invert" in " ".join(wrong.stderr.split())
 
 
 def test_verify_names_the_changed_blob(home: Path) -> None:
