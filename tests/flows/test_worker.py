@@ -134,6 +134,21 @@ def test_every_deployment_runs(client: SyncPrefectClient, workers: list[Server],
     assert blob in artifacts(client, "damage")[0]
 
 
+def test_a_schedule_merges_what_nobody_told_prefect_of(
+    client: SyncPrefectClient, workers: list[Server], tmp_path: Path
+) -> None:
+    base = open_line(tmp_path)
+    registered([LINE], {}, When(merge_every=10.0, tidy_at=None), POOL)
+    queue = Queue(here().store.objects, LINE)
+    submit(tuned(tmp_path / "one", 1), base)
+    submit(tuned(tmp_path / "two", 2), base)
+    work(workers)
+    until(lambda: [one.state for one in queue.submissions()] == ["merged", "merged"])
+    assert [entry.task for entry in Line(here().store.objects, LINE).history()] == ["one", "two"]
+    runs = client.read_flow_runs()
+    assert runs and all(one.auto_scheduled for one in runs), "the schedule started them, and nobody else"
+
+
 def test_a_machine_that_dies_does_not_hold_the_line(
     client: SyncPrefectClient, workers: list[Server], tmp_path: Path
 ) -> None:
