@@ -14,6 +14,7 @@ from typing import Any
 from configs.exam import Exam, exam_of
 from flows import steps
 from flows.policy import run_now
+from flows.registering import kept
 from flows.workplace import here
 from storage.errors import InvalidInput, Unanswered
 from storage.lines import Entry, Line
@@ -134,5 +135,7 @@ def register_examined(
         inputs: tuple[Any, ...] = (written(line, last),)
     else:
         inputs = (found.model, found.scores, found.summary, found.verdict, left_out)
-    version: ModelVersion = run_now(steps.register, f"{line}: register {last.task}", line, line, list(entries), *inputs)
+    label = f"{line}: register {last.task}"
+    with kept(line, repr(last.task)):
+        version: ModelVersion = run_now(steps.register, label, line, line, list(entries), *inputs)
     return version

@@ -10,6 +10,7 @@ from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
 from flows.continuation import Wanted, check_continuation, check_start
 from flows.policy import run_now
+from flows.registering import kept
 from flows.workplace import here
 from storage.errors import InvalidInput
 from storage.lines import Entry, Fold, Line, after_fold
@@ -225,7 +226,8 @@ class Growing:
 
     def _register(self, name: str, entries: list[Entry], *facts: Any) -> ModelVersion:
         label = f"{self._line.name}: register {name}"
-        version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
+        with kept(self._line.name, repr(name)):
+            version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
         return version
 
     def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -20,6 +21,7 @@ from prefect.runtime import flow_run
 from flows import notices, steps
 from flows.examining import Examined, Examiner, examiner_of, register_examined
 from flows.policy import run_now
+from flows.registering import kept, patiently
 from flows.workplace import here
 from storage.address import open_objects
 from storage.errors import Conflict, DeltaworksError, InvalidInput, Mismatch
@@ -218,8 +220,12 @@ def register_new(journal: Line, examiner: Examiner | None = None) -> list[int]:
     place = here()
     history = journal.history()
     count = len(history)
-    while count and place.registry.find(journal.name, step_key(place.store, journal.name, history[:count])) is None:
-        count -= 1
+    with kept(journal.name, "its newest merge"):
+        while count:
+            key = step_key(place.store, journal.name, history[:count])
+            if patiently(partial(_version_of, journal.name, key)) is not None:
+                break
+            count -= 1
     versions = []
     for number, entry in enumerate(history[count:], count):
         if entry.state is None or not place.store.has(entry.state):
@@ -230,6 +236,10 @@ def register_new(journal: Line, examiner: Examiner | None = None) -> list[int]:
             notices.judged(journal.name, entry, version, found)
         versions.append(version.version)
     return versions
+
+
+def _version_of(line: str, key: str) -> int | None:
+    return here().registry.find(line, key)  # opened here too: without an answer, that fails
 
 
 def _myself() -> str:

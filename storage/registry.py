@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # mlflow reads these when it is imported: what it would print belongs to the command, which has its own words
@@ -29,6 +30,7 @@ from storage.champions import Champions
 from storage.errors import Missing
 from storage.refs import KINDS, Ref, parse_ref
 from storage.registry_errors import mapped
+from storage.registry_pyfunc import FOLDER
 
 HEAD = "head"  # alias of the newest version of a line
 _KEY = "deltaworks.key"
@@ -98,6 +100,7 @@ class Registry:
         description: str,
         *,
         left_out: bool = False,
+        folder: Mapping[str, bytes] | None = None,
     ) -> ModelVersion:
         """Record one step of a line: a parent run, a child run per stage, and a version of model `step.name`.
 
@@ -113,6 +116,9 @@ class Registry:
                 for stage in stages:
                     self._run(experiment, f"{key}/{stage.name}", stage, parent=parent)
                 tags = {**step.tags, _KEY: key, "model": step.ref, **({_LEFT_OUT: "true"} if left_out else {})}
+                if folder is not None:
+                    tags["weights"] = source
+                    source = self._log_folder(parent, folder)
                 self._ensure_model(step.name)
                 found = self._client.create_model_version(
                     step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT), description=description
@@ -185,6 +191,14 @@ class Registry:
             self._client.log_inputs(run.run_id, [_dataset(stage.data)])
         self._client.set_terminated(run.run_id, "FINISHED")
         return str(run.run_id)
+
+    def _log_folder(self, run: str, files: Mapping[str, bytes]) -> str:
+        """Put small files into a folder of the run's artifacts; its address."""
+        with TemporaryDirectory(prefix="deltaworks-") as made:
+            for name, content in files.items():
+                Path(made, name).write_bytes(content)
+            self._client.log_artifacts(run, made, FOLDER)
+        return f"{self._client.get_run(run).info.artifact_uri}/{FOLDER}"
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

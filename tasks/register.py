@@ -12,12 +12,14 @@ from storage.lines import Entry
 from storage.manifest import canonical, digest
 from storage.refs import CheckpointRef, ScoresRef, short
 from storage.registry import DataInput, ModelVersion, Registry, Stage
+from storage.registry_pyfunc import folder_of
 from tasks.checkpoints import HISTORY
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
 from tasks.lineage.versions import COST, MEASURED
+from tasks.serving import LOADER, SETTINGS
 from tasks.surroundings import surroundings
 
 
@@ -86,7 +88,10 @@ def register(
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
     described = _describe(entries, summary, verdict, left_out)
-    made = registry.register(experiment, key, step, stages, store.address(model), described, left_out=left_out)
+    folder = folder_of(model, store.url, LOADER, SETTINGS)
+    made = registry.register(
+        experiment, key, step, stages, store.address(model), described, left_out=left_out, folder=folder
+    )
     if verdict is not None:
         with registry.champions(line) as champions:
             champions.judged(made.version, verdict.reasons)

@@ -113,7 +113,7 @@ def test_registry_tells_where_a_version_comes_from() -> None:
     last = outcome.lines[0].last
     version = client.get_model_version_by_alias(config.lines[0].name, "head")
     assert int(version.version) == last.version.version == 2
-    assert version.source == place.store.address(last.model)
+    assert version.tags["weights"] == place.store.address(last.model)
     assert version.tags["base"] == outcome.base
     assert version.tags["state"] == last.entry.state
     assert version.tags["parent_version"] == "1"
@@ -205,7 +205,7 @@ def test_a_search_chooses_how_much_is_written(tmp_path: Path, count: Count) -> N
     assert moved
 
     version = MlflowClient(here().settings.tracking).get_model_version_by_alias(grown.name, "head")
-    assert (version.source, version.tags["factor"]) == (store.address(last.model), f"{last.entry.factor:g}")
+    assert (version.tags["weights"], version.tags["factor"]) == (store.address(last.model), f"{last.entry.factor:g}")
     assert cells(comparison_table(outcome), "factor") == [f"{last.entry.factor:g}"]
     assert cells(accuracy_table(outcome, grown), f"+{last.entry.task}")[-1] == f"{last.entry.factor:g}"
     assert not verify(store, store.refs()).findings

@@ -15,7 +15,9 @@ from flows.cli import app
 from flows.workplace import here
 from storage.registry import ModelVersion
 from storage.registry_lines import LineVersions, RunFiles
+from storage.registry_pyfunc import FOLDER
 from tasks.gate import Verdict
+from tasks.lineage import kept
 from tasks.lineage.kept import PACKAGES, PAGE, PICTURE
 from tasks.lineage.versions import version_lineage
 from tests.tasks.lineage_case import Grown
@@ -54,7 +56,7 @@ def test_every_version_keeps_its_page_and_its_picture(grown: Grown) -> None:
     versions = registered(grown)
     registry = here().registry
     for made in versions:
-        assert sorted(RunFiles(registry, made.run_id).names()) == [PAGE, PICTURE, PACKAGES]
+        assert sorted(RunFiles(registry, made.run_id).names()) == [PAGE, PICTURE, FOLDER, PACKAGES]
         (page,) = here().settings.home.glob(f"mlflow-artifacts/*/{made.run_id}/artifacts/{PAGE}")
         text = page.read_text()
         assert f"tiny@{made.version}" in text and f"version {made.version}" in text
@@ -100,17 +102,22 @@ def test_a_merge_that_was_left_out_stands_aside(grown: Grown) -> None:
     assert not any(node.aside for node in own.nodes)
 
 
-def test_a_page_that_cannot_be_kept_costs_no_version(grown: Grown, caplog: pytest.LogCaptureFixture) -> None:
-    """The place of its files is taken by a file; the next run, when it is free, writes them."""
-    blocked = here().settings.home / "mlflow-artifacts"
-    blocked.write_text("in the way")
-    with caplog.at_level(logging.WARNING):
+def test_a_page_that_cannot_be_kept_costs_no_version(
+    grown: Grown, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong while it is drawn; the next run writes it."""
+
+    def fail(*_: object) -> str:
+        raise OSError("no space left")
+
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        patch.setattr(kept, "page", fail)
         made = grown.register(0, here().registry)
-    assert made.version == 1 and "the lineage of tiny version 1 was not kept" in caplog.text
+    assert made.version == 1 and "the lineage of tiny version 1 was not kept: OSError" in caplog.text
     assert LineVersions(here().registry, "tiny").one("1").step == 1
-    blocked.unlink()
+    assert PAGE not in RunFiles(here().registry, made.run_id).names()
     assert not grown.register(0, here().registry).fresh
-    assert sorted(RunFiles(here().registry, made.run_id).names()) == [PAGE, PICTURE, PACKAGES]
+    assert sorted(RunFiles(here().registry, made.run_id).names()) == [PAGE, PICTURE, FOLDER, PACKAGES]
 
 
 def test_a_tree_of_everything(grown: Grown) -> None:

@@ -124,6 +124,7 @@ def test_mlflow_is_away_for_longer(tmp_path: Path, s3_url: str, home: Path, monk
     """The run gives up; the next one, that the schedule starts when MLflow is back, does the rest."""
     monkeypatch.setenv("DELTAWORKS_STORE", s3_url)
     monkeypatch.setattr(policy, "named", lambda step, name: step.with_options(task_run_name=name, retries=0))
+    monkeypatch.setattr(policy, "RETRY_DELAYS", [])
     mlflow = Mlflow(home)
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.url)

@@ -54,7 +54,7 @@ def test_a_chain_against_servers(servers: dict[str, str], s3_url: str, tmp_path:
 
     client = MlflowClient(servers["MLFLOW_TRACKING_URI"])
     head = client.get_model_version_by_alias("smoke-opcm", "head")
-    assert head.source.startswith(f"{s3_url}/checkpoint/")
+    assert head.tags["weights"].startswith(f"{s3_url}/checkpoint/")
     runs = client.search_runs([client.get_experiment_by_name("smoke").experiment_id], "tags.stage = 'summary'")
     assert {file.path for file in client.list_artifacts(runs[0].info.run_id)} == {"smoke.png", "smoke.parquet"}
     assert not (home / "store").exists()

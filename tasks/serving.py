@@ -1,0 +1,157 @@
+"""Serving: a model of the store as `mlflow.pyfunc` loads it, its weights read from the store tensor by tensor.
+
+MLflow imports this module by its name, which the MLmodel file of each version holds (storage/registry_pyfunc.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.address import open_objects
+from storage.artifacts import Artifact, ArtifactStore
+from storage.errors import InvalidInput
+from storage.refs import parse_ref, short
+from tasks.checkpoints import load_model, skeleton_of
+from tasks.suites.texts import TextReader, pooled, require_fitting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOADER = __name__
+SETTINGS: Mapping[str, Any] = {"device": "cpu", "batch": 16, "max_tokens": 256, "max_new_tokens": 64}
+_IMAGES, _TEXTS = "pixel_values", "input_ids"
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Served:
+    """What `mlflow.pyfunc.load_model` calls. `path`: a file that names a checkpoint and its store, as JSON.
+
+    `model_config`: other SETTINGS; rows at once, tokens that are read of a text, tokens that are generated.
+    """
+    named = json.loads(Path(path).read_text())
+    ref = parse_ref(str(named["ref"]), "checkpoint")
+    store = ArtifactStore(open_objects(str(named["store"])))
+    return Served(store.open(ref, "checkpoint"), {**SETTINGS, **(model_config or {})})
+
+
+class Served:
+    """A checkpoint that answers. What it answers with is told by its architecture:
+
+    - `...ForSequenceClassification`, a list or a column of texts: {"label", "score", "scores": {label: probability}}
+    - `...ForImageClassification`, pixel values [B, C, H, W] as the model takes them: the same
+    - a language model that generates, texts: what it writes after each, greedily
+    - any other that reads texts or pixel values: its features [B, D], the mean of the last hidden state over all
+      tokens that are no padding, or over all patches
+
+    Heads that a suite makes, and the line's models are evaluated with, are no part of a checkpoint: such a model
+    gives features.
+    """
+
+    def __init__(self, checkpoint: Artifact, settings: Mapping[str, Any]) -> None:
+        self._settings, self._name = settings, short(checkpoint.ref)
+        architecture = skeleton_of(checkpoint).architecture
+        self._model: PreTrainedModel = load_model(checkpoint, str(settings["device"]))
+        self._reads = str(self._model.main_input_name)
+        if self._reads not in (_IMAGES, _TEXTS):
+            raise InvalidInput(
+                f"{self._name} is a {architecture}, which reads {self._reads}: only texts and images are served",
+                remedy="`deltaworks export` writes it as a folder for transformers",
+            )
+        self._classifies = architecture.endswith(("ForSequenceClassification", "ForImageClassification"))
+        self._generates = self._reads == _TEXTS and bool(self._model.can_generate())
+        if self._reads == _TEXTS:
+            self._reader = TextReader(checkpoint, int(settings["max_tokens"]), "cut")
+            self._reader.tokenizer.padding_side = "left" if self._generates else "right"
+            require_fitting(self._reader.tokenizer, self._model)
+
+    @torch.inference_mode()
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """The answers to the rows of a list, an array or a DataFrame with one column, in their order.
+
+        Raises InvalidInput for rows that are no texts, or not the pixel values that the model takes.
+        """
+        parts = [self._answer(batch) for batch in self._batches(model_input)]
+        if self._classifies or self._generates:
+            return [row for part in parts for row in part]
+        return numpy.concatenate(parts) if parts else numpy.zeros((0, 0), dtype=numpy.float32)
+
+    def _batches(self, given: Any) -> Iterator[dict[str, Tensor]]:
+        rows = self._pixels(given) if self._reads == _IMAGES else self._texts(given)
+        size, device = int(self._settings["batch"]), self._model.device
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            if isinstance(some, numpy.ndarray):
+                yield {_IMAGES: torch.from_numpy(some).to(device, self._model.dtype)}
+            else:
+                found = self._reader.read([(text,) for text in some])
+                yield {name: value.to(device) for name, value in found.items()}
+
+    def _texts(self, given: Any) -> Sequence[str]:
+        rows: Sequence[str] = _column(given)
+        wrong = next((number for number, row in enumerate(rows) if not isinstance(row, str)), None)
+        if wrong is not None:
+            raise InvalidInput(
+                f"row {wrong} given to {self._name}: expected a text, found {type(rows[wrong]).__name__}"
+            )
+        return rows
+
+    def _pixels(self, given: Any) -> NDArray[numpy.float32]:
+        try:
+            pixels = numpy.asarray(_column(given), dtype=numpy.float32)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"the rows given to {self._name} are no arrays of one shape: {error}") from error
+        if len(pixels) and pixels.ndim != 4:
+            expected = "pixel values [B, C, H, W]"
+            raise InvalidInput(f"images given to {self._name}: expected {expected}, found {list(pixels.shape)}")
+        return pixels
+
+    def _answer(self, batch: dict[str, Tensor]) -> Any:
+        if self._generates:
+            return self._written(batch)
+        if self._classifies:
+            return self._labelled(self._model(**batch).logits)
+        if self._reads == _TEXTS:
+            features = pooled(self._model, "mean", batch)
+        else:
+            hidden: Tensor = self._model.base_model(**batch).last_hidden_state
+            features = hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+        return features.float().cpu().numpy()
+
+    def _labelled(self, logits_BC: Tensor) -> list[dict[str, Any]]:
+        names: Mapping[int, str] = self._model.config.id2label or {}
+        labels = [str(names.get(number, number)) for number in range(logits_BC.shape[1])]
+        found = []
+        for row in logits_BC.float().softmax(dim=1).tolist():
+            best = max(range(len(row)), key=row.__getitem__)
+            found.append({"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))})
+        return found
+
+    def _written(self, batch: dict[str, Tensor]) -> list[str]:
+        model: Any = self._model  # transformers leaves generate without types
+        tokenizer = self._reader.tokenizer
+        batch.pop("token_type_ids", None)
+        most = int(self._settings["max_new_tokens"])
+        tokens = model.generate(**batch, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        new = tokens[:, batch[_TEXTS].shape[1] :]
+        found: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return found
+
+
+def _column(given: Any) -> Any:
+    """The rows as a list or an array: MLflow's server gives DataFrames, and arrays of Python objects."""
+    if hasattr(given, "columns"):
+        if len(given.columns) != 1:
+            raise InvalidInput(f"a table of {len(given.columns)} columns was given", remedy="Give one column")
+        return given.iloc[:, 0].tolist()
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, numpy.ndarray) and given.dtype.kind in "OU":
+        return given.reshape(-1).tolist()
+    return given if isinstance(given, numpy.ndarray) else list(given)

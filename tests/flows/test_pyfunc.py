@@ -1,0 +1,140 @@
+"""Versions as mlflow.pyfunc loads them: weights from the store, no copy of them, no pickle, the model's own answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy
+import pandas
+import pytest
+import requests
+import torch
+from mlflow.artifacts import list_artifacts
+from mlflow.tracking import MlflowClient
+
+from flows.chain import chain
+from flows.servers import LOOPBACK, free_port
+from flows.workplace import here
+from storage.artifacts import ArtifactStore
+from storage.directory import DirectoryObjects
+from storage.errors import InvalidInput
+from storage.refs import CheckpointRef
+from storage.registry_pyfunc import folder_of
+from tasks.checkpoints import load_model
+from tasks.serving import LOADER, SETTINGS
+from tests.builders import ingested, tiny_model
+from tests.flows.test_gated_chain import gated
+from tests.tasks.tiny_tokenizer import save_tokenizer
+
+TEXTS = ["one cat is red", "2 plus 3 is", "a photo of a dog"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(DirectoryObjects(tmp_path / "store"))
+
+
+def stored(architecture: str, folder: Path, store: ArtifactStore) -> CheckpointRef:
+    save_tokenizer(folder)
+    return ingested(tiny_model(architecture), folder, store)
+
+
+def loaded(model: CheckpointRef, store: ArtifactStore, folder: Path, **settings: Any) -> Any:
+    folder.mkdir()
+    for name, content in folder_of(model, store.url, LOADER, SETTINGS).items():
+        (folder / name).write_bytes(content)
+    return mlflow.pyfunc.load_model(str(folder), model_config=settings or None)
+
+
+@pytest.mark.usefixtures("prefect_server", "home")
+def test_the_champion_of_a_chain_is_loaded_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = gated(of_alone=None)
+    (line,) = chain(config).lines
+    tracking = here().settings.tracking
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    served = mlflow.pyfunc.load_model(f"models:/{line.name}@champion")
+    with here().registry.champions(line.name) as champions:
+        number = champions.version("champion")
+    step = next(one for one in line.steps if one.version.version == number)
+    pixels = numpy.random.default_rng(0).random((5, 1, 8, 8), dtype=numpy.float32)
+    backbone: Any = load_model(here().store.open(step.model, "checkpoint"))
+    with torch.no_grad():
+        expected = backbone(pixel_values=torch.from_numpy(pixels)).last_hidden_state.mean(dim=1)
+    torch.testing.assert_close(torch.from_numpy(served.predict(pixels)), expected)
+    version = MlflowClient(tracking).get_model_version_by_alias(line.name, "champion")
+    assert version.tags["weights"] == here().store.address(step.model)
+    assert step.model in here().registry.refs()
+    files = {one.path: one.file_size for one in list_artifacts(version.source)}
+    files.pop("model/registered_model_meta", None)  # MLflow notes there which version it loaded
+    assert set(files) == {"model/MLmodel", "model/weights.json"}
+    assert sum(files.values()) < 2000, "no weights"
+
+
+def test_a_classifier_gives_labels_and_probabilities(tmp_path: Path, store: ArtifactStore) -> None:
+    model = stored("BertForSequenceClassification", tmp_path / "bert", store)
+    served = loaded(model, store, tmp_path / "model", batch=2)
+    found = served.predict(TEXTS)
+    assert found == served.predict(pandas.DataFrame({"text": TEXTS})) == served.predict(numpy.array(TEXTS))
+    assert [list(one["scores"]) for one in found] == [["LABEL_0", "LABEL_1", "LABEL_2"]] * 3
+    assert all(one["score"] == max(one["scores"].values()) == one["scores"][one["label"]] for one in found)
+    assert [sum(one["scores"].values()) for one in found] == pytest.approx([1.0] * 3)
+    with pytest.raises(InvalidInput, match=r"row 1 given to checkpoint/.* expected a text, found int"):
+        served.predict(["a cat", 3])
+    with pytest.raises(InvalidInput, match="table of 2 columns"):
+        served.predict(pandas.DataFrame({"text": TEXTS, "other": TEXTS}))
+
+
+def test_a_language_model_writes_on(tmp_path: Path, store: ArtifactStore) -> None:
+    model = stored("LlamaForCausalLM", tmp_path / "llama", store)
+    found = loaded(model, store, tmp_path / "model", max_new_tokens=4).predict(TEXTS)
+    alone = [loaded(model, store, tmp_path / str(n), max_new_tokens=4).predict([text]) for n, text in enumerate(TEXTS)]
+    assert [[one] for one in found] == alone, "padding changes nothing"
+    assert all(isinstance(one, str) for one in found)
+
+
+def test_an_encoder_gives_features(tmp_path: Path, store: ArtifactStore) -> None:
+    model = stored("BertForMaskedLM", tmp_path / "bert", store)
+    found = loaded(model, store, tmp_path / "model").predict(TEXTS)
+    assert found.shape == (3, 32) and numpy.isfinite(found).all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_mlflow_serves_the_champion(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = chain(gated(of_alone=None)).lines
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", here().settings.tracking)
+    here_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    monkeypatch.setenv("PATH", here_first)  # as in an environment that is activated: MLflow looks for uvicorn
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{line.name}@champion"]
+    command += ["--env-manager", "local", "-h", LOOPBACK, "-p", str(port)]
+    server = subprocess.Popen(command, start_new_session=True)
+    try:
+        url, deadline = f"http://{LOOPBACK}:{port}", time.monotonic() + 120
+        while not _answers(f"{url}/ping"):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        pixels = numpy.random.default_rng(0).random((2, 1, 8, 8), dtype=numpy.float32)
+        answer = requests.post(f"{url}/invocations", json={"inputs": pixels.tolist()}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        found = numpy.array(json.loads(answer.text)["predictions"], dtype=numpy.float32)
+        expected = mlflow.pyfunc.load_model(f"models:/{line.name}@champion").predict(pixels)
+        numpy.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
