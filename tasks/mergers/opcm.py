@@ -79,7 +79,7 @@ class Opcm(Sequential):
         elif not power and self.variant != "reference":
             merged = state["sum"]
         elif self._projected(target, tau):
-            merged = state["sum"] + self._orthogonal(state["sum"], tau)
+            merged = self._orthogonal(state["sum"], tau).add_(state["sum"])
         elif self.variant == "reference" and target.role == "bare":
             merged = state["sum"] * facts["scale"]
         else:
@@ -115,7 +115,7 @@ class Opcm(Sequential):
                 rank = numerical_rank(found.s, *tall.shape)
         kept = tau_RC
         for left, right in (_cross if sided else _block)(found, tau, r, rank):
-            kept = kept - (right.T @ left.T if wide else left @ right)
+            kept = torch.addmm(kept, *((right.T, left.T) if wide else (left, right)), alpha=-1)
         return kept
 
 
