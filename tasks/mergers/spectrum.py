@@ -40,8 +40,8 @@ def thin_svd(matrix_RC: Tensor) -> Thin:
     whatever the condition and the rank. Vectors of values that are zero or equal are some orthonormal basis.
 
     float32: if the spectrum is flat, as that of noise, triplets with s_i > s_0 / 6 from the Gram matrix in float32, and
-    the rest, which is narrow, in the same way again. Else, for R and C more than 30 % apart and a condition up to 1e4, all from the
-    Gram matrix in float64. Otherwise, and in float64 always (a Gram matrix keeps 1e-16 * condition^2 there):
+    the narrow rest in the same way again. Else, for R and C more than 30 % apart and a condition up to 1e4, all from
+    the Gram matrix in float64. Otherwise, and in float64 always (a Gram matrix keeps 1e-16 * condition^2 there):
     torch.linalg.svd of the tall side.
     """
     rows, columns = matrix_RC.shape
