@@ -19,6 +19,7 @@ from storage.address import open_objects
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput
 from storage.refs import parse_ref, short
+from storage.registry_pyfunc import answering
 from tasks.checkpoints import load_model, skeleton_of
 from tasks.choice import restored
 from tasks.suites import AnySuite
@@ -80,7 +81,6 @@ class Served:
             self._reader.tokenizer.padding_side = "left" if self._generates else "right"
             require_fitting(self._reader.tokenizer, self._model)
 
-    @torch.inference_mode()
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """The answers to the rows of a list, an array or a DataFrame with one column, in their order.
 
@@ -88,8 +88,10 @@ class Served:
         values that the model takes, and for a task that is not known.
         """
         task = str((params or {}).get("task") or self._settings["task"])
-        if task:
-            return self._by_head(task, model_input)
+        with answering(), torch.inference_mode():
+            return self._by_head(task, model_input) if task else self._by_itself(model_input)
+
+    def _by_itself(self, model_input: Any) -> Any:
         parts = [self._answer(batch) for batch in self._batches(model_input)]
         if self._classifies or self._generates:
             return [row for part in parts for row in part]
