@@ -48,7 +48,9 @@ def test_the_readmes_chain_is_valid(tmp_path: Path) -> None:
     lora, full = (parse_chain({**chain, **tuner}).tuner for tuner in tuners)
     assert lora == Lora(rank=16, rslora=True, targets=("q_proj", "v_proj"), steps=500, learning_rate=2e-4)
     assert full.optimizer == Galore(rank=128)
-    assert parse_chain({**chain, **retained}).retained[0].name == "upright"
+    gated = parse_chain({**chain, **retained})
+    assert gated.retained[0].name == "upright"
+    assert [recipe.merger.name for recipe in gated.lines[0].recipes] == ["opcm", "opcm", "tsv_m", "tsv_m"]
     (tmp_path / "exam.yaml").write_text(blocks[-1])
     exam = load_exam(tmp_path / "exam.yaml", "support")
     assert exam.gate is not None
