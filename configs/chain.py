@@ -94,7 +94,8 @@ class LineConfig:
     `deltaworks line rollback NAME 0` before the next run lets that search for all factors again, and merge nothing.
 
     `gate`: what a merged model must reach to be the registered model's `champion`, and what becomes of it if it does
-    not. Without one, versions are registered and nobody is the champion.
+    not. Without one, versions are registered and nobody is the champion. A line goes on by a recipe of its gate's
+    `retry` once that let a merge in; to take it over, write it here: what the line holds stays as it came in.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -104,6 +104,10 @@ def test_another_recipe_merges_all_again_and_the_line_goes_on_by_it(count: Count
     assert same(chain(config("rot90 ruined invert")), first), "what the line holds beyond is left alone"
 
     read_right(longer, brought.why)
+    taken_over = config("rot90 ruined invert permute", retry=())
+    taken_over = replace(taken_over, lines=(replace(taken_over.lines[0], merger=TsvM()),))
+    assert same(chain(taken_over), longer), "what came in before came in as it did"
+    assert len(count.labels) == done
     with pytest.raises(Conflict, match=r"merges with .*tsv_m.*line rebuild smoke-average --merger average"):
         chain(config("rot90 ruined invert", retry=(0.9,)))
 
