@@ -115,15 +115,16 @@ def _describe(entries: Sequence[Entry], summary: Summary | None, verdict: Verdic
     merged = " + ".join(entry.task for entry in entries)
     return (
         f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
-        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out)}"
+        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out, entries[-1])}"
     )
 
 
-def _judged(verdict: Verdict | None, left_out: bool) -> str:
+def _judged(verdict: Verdict | None, left_out: bool, entry: Entry) -> str:
     if verdict is None:
         return ""
     if verdict.passed:
-        return ". The gate let it through"
+        again = f", and all were merged again: {entry.why}" if entry.action == "rebuild" else ""
+        return f". The gate let it through{again}"
     return f". The gate did not let it through{', and it was left out' * left_out}: {'; '.join(verdict.reasons)}"
 
 

@@ -49,9 +49,8 @@ def lineage_of(
     earlier = len(inside) - len(drawn)
     states = {drawn[0].after, *(one.entry.state for one in drawn)}
     drawn = [*drawn, *(one for one in merges if one.aside and one.after in states)]
-    known = accuracy_of(
-        [(one.entry, one.model) for one in inside], last.base, _tuned_of(drawn, store), scored, len(inside) - earlier
-    )
+    models = [(one.entry, one.model or one.before) for one in inside]
+    known = accuracy_of(models, last.base, _tuned_of(drawn, store), scored, len(inside) - earlier)
     drawing = _Drawing(store, known, scored, costs)
     drawing.base(last.base, known)
     for number, merge in enumerate(drawn, 1):
@@ -135,7 +134,7 @@ class _Drawing:
     def _model(self, row: int, merge: Merge, pages: Mapping[str, str]) -> None:
         entry, model = merge.entry, merge.model
         artifact = _opened(self._store, model)
-        figures: dict[str, Any] = {} if merge.aside else dict(self._accuracy.figures(merge.entry))
+        figures: dict[str, Any] = {} if merge.aside or model is None else dict(self._accuracy.figures(merge.entry))
         if merge.aside and model:
             scores = self._scored.leading(model)
             figures = {"average": sum(scores.values()) / len(scores), "worst": min(scores.values())} if scores else {}
@@ -148,7 +147,9 @@ class _Drawing:
             if one.verdict:
                 notes.append(f"gate of version {one.number}: {one.verdict}{f', {one.reasons}' if one.reasons else ''}")
         if model is None:
-            notes.append("its ref is not known")
+            notes.append(
+                "merged again with a later update, and not written" if merge.before else "its ref is not known"
+            )
         if not merge.versions:
             notes.append("not registered")
         ref = model or f"model/{str(entry.state).partition('/')[2]}"
