@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from storage.errors import InvalidInput
 from storage.lines import Entry, Fold, Line, after_fold
 from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
 from storage.registry import ModelVersion
-from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise
+from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise, with_abilities
 from tasks.gate import Standing, Verdict, judge
 
 
@@ -78,20 +78,24 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities.
+    """A line that a chain opens, or goes on with where an earlier run stopped.
 
-    `base_scores`: of the base on the chain's tasks."""
+    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
 
     def __init__(
         self,
         config: ChainConfig,
         line: LineConfig,
         base: CheckpointRef,
-        able: Mapping[str, float],
+        able: ScoresRef | None,
         base_scores: ScoresRef,
     ) -> None:
         self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
-        self._abilities, self._able = list(config.retained), able
+        self._abilities, self._able_scores = list(config.retained), able
+        self._able = leading(here().store.open(able)) if able else {}
+        self._unmet = leading(here().store.open(base_scores))
+        self._ahead: dict[str, float] = {}  # task -> what the model reached on it right before it was merged
+        self._after: dict[CheckpointRef, ScoresRef] = {}  # models on the base's abilities
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None
@@ -150,6 +154,7 @@ class Growing:
         state = run_now(steps.fold, f"{line.name}: merge {name}", self._base, held, one.update, line.recipe, weight)
         known = self._known(number, one)
         seen = self._seen(one)
+        beside = (self._base_scores, one.alone, *self._look_ahead(one))
         # the journal's factor, also where the search or the gate would choose another one by now
         factor = known.factor if known else self._factor(name, state, seen)
         tried = self._try(name, state, seen, factor)
@@ -157,10 +162,10 @@ class Growing:
             tried = self._retried(name, state, seen, tried, line.gate.retry)
         model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
         folded = Fold(name, one.update, state, weight, tried.factor)
-        beside = (self._base_scores, one.alone)
+        able = (self._able_scores, self._after[model]) if self._able_scores else ()
         if self._refused(verdict) and verdict is not None and known is None:
             candidate = [*self._entries[:number], after_fold(head, folded)]
-            version = self._register(name, candidate, model, scores, summary, verdict, True, beside)
+            version = self._register(name, candidate, model, scores, summary, verdict, True, beside, able)
             self.grown.left_out.append(Step(candidate[-1], model, scores, summary, version, verdict))
             if not self._leaves_out:
                 raise _stopped(version, name, verdict)
@@ -177,7 +182,7 @@ class Growing:
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
-        version = self._register(name, so_far, model, scores, summary, verdict, False, beside)
+        version = self._register(name, so_far, model, scores, summary, verdict, False, beside, able)
         self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
 
     def _try(self, name: str, state: StateRef, seen: list[Task], factor: float) -> _Tried:
@@ -187,7 +192,8 @@ class Growing:
         model = run_now(steps.materialize, f"{line}: write {name}", *written)
         scores = run_now(steps.evaluate, f"{line}: evaluate {name}", model, seen, self._base)
         standing = self._standing(name, model, scores)
-        summary = replace(summarise([*self._matrix, standing.scores], self._alone), retained=standing.retained)
+        summary = summarise([*self._matrix, standing.scores], self._alone, self._ahead, self._unmet)
+        summary = with_abilities(summary, standing.abilities, self._able)
         return _Tried(factor, model, scores, standing, summary, self._judge(name, seen, standing))
 
     def _retried(self, name: str, state: StateRef, seen: list[Task], first: _Tried, factors: Sequence[float]) -> _Tried:
@@ -233,12 +239,24 @@ class Growing:
     def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:
         store = here().store
         found = store.open(scores)
-        retained = None
-        if self._abilities:
-            label = f"{self._line.name}: evaluate abilities after {name}"
-            after = run_now(steps.evaluate, label, model, self._abilities, self._base)
-            retained = retention(leading(store.open(after)), self._able)
-        return Standing(leading(found), outcomes_of(found), retained)
+        if not self._abilities:
+            return Standing(leading(found), outcomes_of(found))
+        label = f"{self._line.name}: evaluate abilities after {name}"
+        self._after[model] = run_now(steps.evaluate, label, model, self._abilities, self._base)
+        left = leading(store.open(self._after[model]))
+        return Standing(leading(found), outcomes_of(found), retention(left, self._able), left)
+
+    def _look_ahead(self, one: Prepared) -> tuple[ScoresRef, ...]:
+        """Evaluate the model of the step before on a task that it has not met: what forward transfer is made of."""
+        if not self._merged or one.task.name in {each.task.name for each in self._merged}:
+            return ()
+        label, model = f"{self._line.name}: evaluate {one.name} before it is merged", self.model
+        scores = run_now(steps.evaluate, label, model, [one.task], self._base)
+        found = here().store.open(scores)
+        self._ahead |= leading(found)
+        if self._champion is not None and self._champion[0] == model:  # so that the gate need not ask again
+            self._champion = (model, self._champion[1].joined(Standing(leading(found), outcomes_of(found))))
+        return (scores,)
 
     def _judge(self, name: str, seen: list[Task], standing: Standing) -> Verdict | None:
         """What the gate says, after the champion was measured on tasks that it has not met yet."""

@@ -173,6 +173,7 @@ def register(
     verdict: Verdict | None = None,
     left_out: bool = False,
     measured: Sequence[ScoresRef] = (),
+    able: Sequence[ScoresRef] = (),
 ) -> Any:
     place = here()
     version = tasks.register.register(
@@ -188,6 +189,7 @@ def register(
         left_out,
         measured,
         costs(),
+        able,
     )
     return version if version.fresh else cached(version)
 
