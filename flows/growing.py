@@ -250,7 +250,7 @@ class Growing:
         """Evaluate the model of the step before on a task that it has not met: what forward transfer is made of."""
         if not self._merged or one.task.name in {each.task.name for each in self._merged}:
             return ()
-        label, model = f"{self._line.name}: evaluate {one.name} before it is merged", self.model
+        label, model = f"{self._line.name}: evaluate ahead of {one.name}", self.model
         scores = run_now(steps.evaluate, label, model, [one.task], self._base)
         found = here().store.open(scores)
         self._ahead |= leading(found)

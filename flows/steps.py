@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tasks.asking
 import tasks.calibrate
 import tasks.codec_search
 import tasks.compress
@@ -146,7 +147,7 @@ def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> Ch
     )
 
 
-@once(version=2, gpu=True)
+@once(version=tasks.asking.VERSION, gpu=True)
 def evaluate(model: CheckpointRef, seen: Sequence[NamedSuite], base: CheckpointRef) -> ScoresRef:
     return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 

@@ -43,7 +43,7 @@ def merged_in_turn(
     ahead: dict[str, float] = {}
     for number, (task, update) in enumerate(zip(tasks, updates, strict=True), 1):
         if look_ahead and number > 1:
-            scores = run_now(steps.evaluate, f"evaluate {task.name} before it is merged, {label}", model, [task], base)
+            scores = run_now(steps.evaluate, f"evaluate ahead of {task.name}, {label}", model, [task], base)
             ahead |= leading(here().store.open(scores))
         state = run_now(steps.fold, f"merge {task.name}, {label}", base, state, update, recipe, task.weight)
         model = run_now(steps.materialize, f"write {task.name}, {label}", base, state)

@@ -14,7 +14,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.manifest import Lineage
 from storage.refs import CheckpointRef, ScoresRef
 from storage.tables import read_rows, write_rows
-from tasks.checkpoints import load_model
+from tasks.asking import Asking
 from tasks.parallel import Report
 from tasks.suites import AnySuite
 
@@ -54,22 +54,21 @@ def evaluate(
 ) -> ScoresRef:
     """Score `model` on every task's test split. The rows are stored as Parquet, the first metric leads.
 
-    `base` lends its tokenizer or image processor: models tuned elsewhere are often published without one.
+    `base` lends its tokenizer or image processor: models tuned elsewhere are often published without one. Each suite is
+    asked once: see tasks/asking.py.
     """
-    artifact = store.open(model, "checkpoint")
-    source = artifact if base is None else store.open(base, "checkpoint")
-    backbone = load_model(artifact, device)
+    asking = Asking(model, base, store, device)
     rows: list[ScoreRow] = []
     outcomes: list[dict[str, Any]] = []
+    asked: dict[str, Any] = {}
     for number, task in enumerate(tasks):
-        problem = task.suite.open(source)
-        for score in problem.score(backbone, device, lambda done, total: None):
+        asked[task.name] = {"suite": task.suite.spec(), "data": task.suite.fingerprint()}
+        for score in asking.scores(task.suite, asked[task.name]):
             rows.append(ScoreRow(task.name, score.metric, score.value, score.samples, score.low, score.high))
             outcomes += [{"task": task.name, "metric": score.metric, "outcome": one} for one in score.outcomes]
         report(number + 1, len(tasks), task.name)
-    spec = {"tasks": {task.name: {"suite": task.suite.spec(), "data": task.suite.fingerprint()} for task in tasks}}
     inputs = {"model": model} if base is None else {"model": model, "base": base}
-    draft = store.draft("scores", Lineage("evaluate", inputs, spec))
+    draft = store.draft("scores", Lineage("evaluate", inputs, {"tasks": asked}))
     draft.add_asset(TABLE, write_rows([row.__dict__ for row in rows]))
     draft.add_asset(OUTCOMES, write_rows(outcomes))
     return ScoresRef(draft.commit())

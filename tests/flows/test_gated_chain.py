@@ -15,14 +15,16 @@ from flows.growing import Grown
 from flows.picture import draw
 from flows.report import accuracy_table, comparison_table, gate_lines
 from flows.workplace import here
+from storage.artifacts import Artifact
 from storage.champions import CHALLENGER, CHAMPION, PREVIOUS
 from storage.errors import InvalidInput, Missing
 from storage.lines import Line
 from storage.refs import CheckpointRef
 from storage.registry_lines import LineVersions
+from tasks.checkpoints import load_model
 from tasks.codecs import Dense
 from tasks.data import Digits
-from tasks.evaluate import evaluate, leading
+from tasks.evaluate import NamedSuite, evaluate, leading
 from tasks.gate import Gate, OnFailure
 from tasks.lineage.trajectory import trajectory
 from tasks.lineage.versions import version_lineage
@@ -60,6 +62,11 @@ def gated(
 def aliases(name: str) -> dict[str, int | None]:
     with here().registry.champions(name) as champions:
         return {alias: champions.version(alias) for alias in ("head", CHAMPION, PREVIOUS, CHALLENGER)}
+
+
+def measured(task: NamedSuite, model: Artifact, base: Artifact) -> float:
+    """The leading score, asked of the suite itself."""
+    return task.suite.open(base).score(load_model(model), "cpu", lambda done, total: None)[0].value
 
 
 def only(config: ChainConfig) -> Grown:
@@ -146,7 +153,7 @@ def test_the_champion_is_measured_on_the_newest_task_too(count: Count) -> None:
     gate = Gate(average_drop=0.0, significance=0.05)
     line = only(replace(config, lines=(replace(config.lines[0], gate=gate),)))
     passed = [step.verdict is not None and step.verdict.passed for step in line.steps]
-    assert sum("before it is merged" in label for label in count.labels) == 2
+    assert sum("evaluate ahead of" in label for label in count.labels) == 2
     # a champion that is the model of the step before was asked then
     assert sum("evaluate the champion on" in label for label in count.labels) == passed[1:-1].count(False)
     assert not count.reused_labels
@@ -169,7 +176,7 @@ def test_what_is_left_of_the_base_is_told_and_asked() -> None:
     store, base = here().store, outcome.base
 
     def left(model: CheckpointRef) -> float:
-        return leading(store.open(evaluate(model, config.retained, store, base=base)))["upright"]
+        return measured(config.retained[0], store.open(model), store.open(base))
 
     for step in line.steps:
         summary = step.summary
@@ -203,7 +210,7 @@ def test_forward_transfer_is_that_of_separate_evaluations(count: Count) -> None:
     store, base = here().store, outcome.base
 
     def reached(model: CheckpointRef, task: Task) -> float:
-        return leading(store.open(evaluate(model, [task], store, base=base)))[task.name]
+        return measured(task, store.open(model), store.open(base))
 
     gains = [
         reached(before.model, task) - reached(base, task)
@@ -226,10 +233,7 @@ def test_a_merge_that_is_left_out_does_not_count_ahead() -> None:
     (line,) = outcome.lines
     assert [step.entry.task for step in line.steps] == ["rot90", "permute"]
     store, base = here().store, outcome.base
-    one, other = (
-        leading(store.open(evaluate(model, [tasks[2]], store, base=base)))["permute"]
-        for model in (line.steps[0].model, base)
-    )
+    one, other = (measured(tasks[2], store.open(model), store.open(base)) for model in (line.steps[0].model, base))
     assert line.last.summary.forward_transfer == pytest.approx(one - other)
 
 
