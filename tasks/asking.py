@@ -1,4 +1,5 @@
-"""Asking: what one model reaches on one suite after the other. Each is asked once, whatever list it is asked in.
+"""Asking: what one model reaches on one suite after the other. Each is asked once, whatever list it is asked in, and
+the encoder's features of the same inputs are made once for the heads of all.
 
 What was measured is kept at once under a key of all that decides it: the model, whoever lends tokenizer and heads, the
 suite's settings and the fingerprint of its data. The device is not in the key, as it is in no key of this project: the
@@ -18,6 +19,7 @@ from storage.trust import check_count, check_name
 from tasks.checkpoints import load_model
 from tasks.suites import AnySuite
 from tasks.suites.base import Score
+from tasks.suites.features import ROOM, Features, Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +36,7 @@ class Asking:
         self._source = self._artifact if base is None else store.open(base, "checkpoint")
         self._kept = Measured(store.objects)
         self._backbone: PreTrainedModel | None = None
+        self._shared = Features(ROOM)
 
     def scores(self, suite: AnySuite, asked: Mapping[str, Any]) -> list[Score]:
         """The scores on the suite's test split, found or measured. `asked`: its settings, and what its data are."""
@@ -42,7 +45,10 @@ class Asking:
         if found is None:
             if self._backbone is None:
                 self._backbone = load_model(self._artifact, self._device)
-            measured = suite.open(self._source).score(self._backbone, self._device, lambda done, total: None)
+            problem = suite.open(self._source)
+            if isinstance(problem, Sharing):
+                problem.shared = self._shared
+            measured = problem.score(self._backbone, self._device, lambda done, total: None)
             found = [_plain(one) for one in measured]
             entry = {"device": self._device, "scores": [one.__dict__ for one in found]}
             self._kept.write(self._model, key, entry)
