@@ -21,7 +21,7 @@ from storage.lines import Entry, Line
 from storage.queue import Queue
 from storage.refs import CheckpointRef, ScoresRef
 from storage.registry import ModelVersion
-from tasks.evaluate import Summary, leading, outcomes_of, retention
+from tasks.evaluate import Summary, leading, outcomes_of, retention, with_abilities
 from tasks.gate import Standing, Verdict, judge
 from tasks.retry import OtherRecipe
 
@@ -30,12 +30,14 @@ PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was ju
 
 @dataclass(frozen=True)
 class Examined:
-    """What a merge came to. `verdict` is None without a gate."""
+    """What a merge came to. `verdict` is None without a gate. `able`: scores of the base and of the model on what the
+    base can do, if the exam asks for that."""
 
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     verdict: Verdict | None
+    able: tuple[ScoresRef, ...] = ()
 
     @property
     def noted(self) -> tuple[str, str]:
@@ -50,6 +52,7 @@ class Examiner:
 
     def __init__(self, exam: Exam, queue: Queue, journal: Line) -> None:
         self._exam, self._queue, self._journal, self.line = exam, queue, journal, journal.name
+        self._able: dict[CheckpointRef, ScoresRef] = {}  # models on what the base can do
 
     def examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
         """`before`: the steps that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
@@ -79,11 +82,13 @@ class Examiner:
         model = written(self.line, merged)
         scores, standing = self._standing(merged.task, model, merged.base)
         values = list(standing.scores.values())
-        summary = Summary(fmean(values), min(values), None, None, None, standing.retained)
+        summary = Summary(fmean(values), min(values), None, None, None)
+        able = tuple(self._able[one] for one in (merged.base, model)) if self._exam.retained else ()
+        summary = with_abilities(summary, standing.abilities, self._left("the base", merged.base, merged.base))
         verdict = None
         if self._exam.gate is not None:
             verdict = judge(self._exam.gate, standing, self._champion(before, merged), {})
-        return Examined(model, scores, summary, verdict)
+        return Examined(model, scores, summary, verdict, able)
 
     def _champion(self, before: Sequence[Entry], merged: Entry) -> Standing | None:
         """What the model reaches that a merge is held against; None if its state was removed from the store."""
@@ -103,17 +108,17 @@ class Examiner:
     def _standing(self, name: str, model: CheckpointRef, base: CheckpointRef) -> tuple[ScoresRef, Standing]:
         scores = run_now(steps.evaluate, f"{self.line}: evaluate {name}", model, list(self._exam.suites), base)
         found = here().store.open(scores)
-        return scores, Standing(leading(found), outcomes_of(found), self._retained(name, model, base))
+        left, before = self._left(name, model, base), self._left("the base", base, base)
+        return scores, Standing(leading(found), outcomes_of(found), retention(left, before), left)
 
-    def _retained(self, name: str, model: CheckpointRef, base: CheckpointRef) -> float | None:
+    def _left(self, name: str, model: CheckpointRef, base: CheckpointRef) -> dict[str, float]:
+        """What a model reaches on what the base can do, if that is asked."""
         if not self._exam.retained:
-            return None
-        reached = []
-        for label, one in ((name, model), ("the base", base)):
-            about = f"{self.line}: evaluate abilities of {label}"
-            found = run_now(steps.evaluate, about, one, list(self._exam.retained), base)
-            reached.append(leading(here().store.open(found)))
-        return retention(*reached)
+            return {}
+        if model not in self._able:
+            label = f"{self.line}: evaluate abilities of {name}"
+            self._able[model] = run_now(steps.evaluate, label, model, list(self._exam.retained), base)
+        return leading(here().store.open(self._able[model]))
 
 
 def examiner_of(queue: Queue, journal: Line) -> Examiner | None:
@@ -139,7 +144,7 @@ def register_examined(
     if found is None:
         inputs: tuple[Any, ...] = (written(line, last),)
     else:
-        inputs = (found.model, found.scores, found.summary, found.verdict, left_out)
+        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, (), found.able)
     label = f"{line}: register {last.task}"
     with kept(line, repr(last.task)):
         version: ModelVersion = run_now(steps.register, label, line, line, list(entries), *inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,20 +71,20 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities.
+    """A line that a chain opens, or goes on with where an earlier run stopped.
 
-    `base_scores`: of the base on the chain's tasks."""
+    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
 
     def __init__(
         self,
         config: ChainConfig,
         line: LineConfig,
         base: CheckpointRef,
-        able: Mapping[str, float],
+        able: ScoresRef | None,
         base_scores: ScoresRef,
     ) -> None:
         self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
-        self._judging = Judging(config, line, base, able)
+        self._judging = Judging(config, line, base, able, base_scores)
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None
@@ -138,15 +138,16 @@ class Growing:
         self._judging.alone(one.task.name, one.alone)
         known = self._known(number, one)
         seen = self._seen(one)
+        beside = (self._base_scores, one.alone, *self._look_ahead(one))
         # the journal's recipe and factor, also where the search or the gate would choose others by now
         tried = self._again(name, known, seen) if known else self._newly(one, head, seen)
         model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
-        beside = (self._base_scores, one.alone)
+        able = self._judging.abilities_of(model)
         if self._refused(verdict) and verdict is not None and known is None:
             # numbered by its place, and not by what the line has come to since: the same version in every run
             place = self._entries[number - 1].number if number else 0
             candidate = [*self._entries[:number], replace(tried.entry, number=place + 1)]
-            version = self._register(name, candidate, model, scores, summary, verdict, True, beside)
+            version = self._register(name, candidate, model, scores, summary, verdict, True, beside, able)
             self.grown.left_out.append(Step(candidate[-1], model, scores, summary, version, verdict))
             if not self._leaves_out:
                 raise _stopped(version, name, verdict)
@@ -161,7 +162,7 @@ class Growing:
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
-        version = self._register(name, so_far, model, scores, summary, verdict, False, beside)
+        version = self._register(name, so_far, model, scores, summary, verdict, False, beside, able)
         self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
 
     def _again(self, name: str, known: Entry, seen: list[Task]) -> Tried:
@@ -231,6 +232,12 @@ class Growing:
         with kept(self._line.name, repr(name)):
             version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
         return version
+
+    def _look_ahead(self, one: Prepared) -> tuple[ScoresRef, ...]:
+        """The model of the step before on a task that it has not met: what forward transfer is made of."""
+        if not self._merged or one.task.name in {each.task.name for each in self._merged}:
+            return ()
+        return (self._judging.look_ahead(one.name, one.task, self.model),)
 
     def _seen(self, one: Prepared) -> list[Task]:
         """The tasks of the updates that are merged with this one, each once."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from configs.chain import ChainConfig, LineConfig, Task
@@ -12,7 +11,7 @@ from flows.policy import run_now
 from flows.workplace import here
 from storage.lines import Entry
 from storage.refs import CheckpointRef, ScoresRef, StateRef
-from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise
+from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise, with_abilities
 from tasks.gate import Standing, Verdict, judge
 
 
@@ -29,11 +28,22 @@ class Tried:
 
 
 class Judging:
-    """Asks the merges of one line of a chain. `able`: what the base reaches on its abilities."""
+    """Asks the merges of one line of a chain. `able`: the base on its abilities; `base_scores`: on the tasks."""
 
-    def __init__(self, config: ChainConfig, line: LineConfig, base: CheckpointRef, able: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        config: ChainConfig,
+        line: LineConfig,
+        base: CheckpointRef,
+        able: ScoresRef | None,
+        base_scores: ScoresRef,
+    ) -> None:
         self._line, self._base = line, base
-        self._abilities, self._able = list(config.retained), able
+        self._abilities, self._able_scores = list(config.retained), able
+        self._able = leading(here().store.open(able)) if able else {}
+        self._unmet = leading(here().store.open(base_scores))
+        self._ahead: dict[str, float] = {}  # task -> what the model reached on it right before it was merged
+        self._after: dict[CheckpointRef, ScoresRef] = {}  # models on the base's abilities
         self._alone: dict[str, float] = {}
         self._matrix: list[dict[str, float]] = []
         self._champion: tuple[CheckpointRef, Standing] | None = None
@@ -50,7 +60,8 @@ class Judging:
         model = run_now(steps.materialize, f"{line}: write {name}", *written)
         scores = run_now(steps.evaluate, f"{line}: evaluate {name}", model, seen, self._base)
         standing = self._standing(name, model, scores)
-        summary = replace(summarise([*self._matrix, standing.scores], self._alone), retained=standing.retained)
+        summary = summarise([*self._matrix, standing.scores], self._alone, self._ahead, self._unmet)
+        summary = with_abilities(summary, standing.abilities, self._able)
         return Tried(entry, model, scores, standing, summary, self._judge(name, seen, standing))
 
     def accept(self, tried: Tried) -> None:
@@ -67,15 +78,29 @@ class Judging:
         scores = run_now(steps.search, label, self._base, state, seen, self._line.search)
         return float(here().store.open(scores).manifest.facts["factor"])
 
+    def look_ahead(self, name: str, task: Task, model: CheckpointRef) -> ScoresRef:
+        """Evaluate the model of the step before on a task that it has not met, and take note of it."""
+        label = f"{self._line.name}: evaluate ahead of {name}"
+        scores: ScoresRef = run_now(steps.evaluate, label, model, [task], self._base)
+        found = here().store.open(scores)
+        self._ahead |= leading(found)
+        if self._champion is not None and self._champion[0] == model:  # so that the gate need not ask again
+            self._champion = (model, self._champion[1].joined(Standing(leading(found), outcomes_of(found))))
+        return scores
+
+    def abilities_of(self, model: CheckpointRef) -> tuple[ScoresRef, ...]:
+        """Of the base and of a model that was asked, if the chain names any."""
+        return (self._able_scores, self._after[model]) if self._able_scores else ()
+
     def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:
         store = here().store
         found = store.open(scores)
-        retained = None
-        if self._abilities:
-            label = f"{self._line.name}: evaluate abilities after {name}"
-            after = run_now(steps.evaluate, label, model, self._abilities, self._base)
-            retained = retention(leading(store.open(after)), self._able)
-        return Standing(leading(found), outcomes_of(found), retained)
+        if not self._abilities:
+            return Standing(leading(found), outcomes_of(found))
+        label = f"{self._line.name}: evaluate abilities after {name}"
+        self._after[model] = run_now(steps.evaluate, label, model, self._abilities, self._base)
+        left = leading(store.open(self._after[model]))
+        return Standing(leading(found), outcomes_of(found), retention(left, self._able), left)
 
     def _judge(self, name: str, seen: list[Task], standing: Standing) -> Verdict | None:
         """What the gate says, after the champion was measured on tasks that it has not met yet."""

@@ -7,7 +7,7 @@ does not know a task yet is measured on it too. So a merge may cost old tasks a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import fmean
 from typing import Annotated, Literal
@@ -65,15 +65,18 @@ class Gate(Choice):
 
 @dataclass(frozen=True)
 class Standing:
-    """What a model reached: the leading score of each task, what each test row gave, and what it kept of the base."""
+    """What a model reached: the leading score of each task, what each test row gave, and what it kept of the base.
+
+    `abilities`: its scores on what the base can do, of which `retained` is the share that is left."""
 
     scores: Mapping[str, float]
     outcomes: Mapping[str, Sequence[float]]
     retained: float | None = None
+    abilities: Mapping[str, float] = field(default_factory=dict)
 
     def joined(self, other: Standing) -> Standing:
         """With the tasks of another evaluation of the same model."""
-        return Standing({**self.scores, **other.scores}, {**self.outcomes, **other.outcomes}, self.retained)
+        return replace(self, scores={**self.scores, **other.scores}, outcomes={**self.outcomes, **other.outcomes})
 
 
 @dataclass(frozen=True)

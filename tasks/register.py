@@ -18,7 +18,7 @@ from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
-from tasks.lineage.versions import COST, MEASURED
+from tasks.lineage.versions import ABLE, COST, MEASURED
 from tasks.serving import LOADER, PARAMETERS, SETTINGS
 from tasks.surroundings import surroundings
 
@@ -36,14 +36,16 @@ def register(
     left_out: bool = False,
     measured: Sequence[ScoresRef] = (),
     costs: Mapping[str, Mapping[str, Any]] | None = None,
+    able: Sequence[ScoresRef] = (),
 ) -> ModelVersion:
     """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
 
     `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line, and
     `verdict` what its gate says: whether this version is the new champion. `left_out`: the last entry did not enter
     the line. What came without data to evaluate it on has no scores and no summary. `measured`: scores of the models
-    beside it, the base and the one that was tuned for the last update. `costs`: ref -> `seconds` and `device`, as far
-    as they are known. The page of its lineage is written too, by `tasks/lineage`.
+    beside it, the base, the one that was tuned for the last update, the merged one before it. `able`: of the base and
+    of this model on what the base can do. `costs`: ref -> `seconds` and `device`, as far as they are known. The page of
+    its lineage is written too, by `tasks/lineage`.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -73,13 +75,14 @@ def register(
         tags["factor"] = f"{entry.factor:g}"
     if measured:
         tags[MEASURED] = " ".join(measured)
+    if able:
+        tags[ABLE] = " ".join(able)
     numbers = {name: value for name, value in (summary.__dict__ if summary else {}).items() if value is not None}
     if verdict is not None:
         numbers |= {f"gate/{name}": value for name, value in verdict.facts.items()}
     stages = [_with_cost(stage, costs or {}) for stage in _stages(store, entry, model, scores)]
-    told = {
-        ref: costs[ref] for ref in [*(stage.ref for stage in stages), entry.base, *measured] if costs and ref in costs
-    }
+    refs = [*(stage.ref for stage in stages), entry.base, *measured, *able]
+    told = {ref: costs[ref] for ref in refs if costs and ref in costs}
     if told:
         tags[COST] = canonical(
             {short(ref): [one.get("seconds"), one.get("device")] for ref, one in told.items()}

@@ -37,11 +37,12 @@ def lineage_of(
     costs: Mapping[str, Mapping[str, Any]],
     version: Known | None = None,
     newest: int | None = None,
+    able: Scored | None = None,
 ) -> Lineage:
     """The graph of `merges`, the last of the line itself being the version.
 
     `costs`: ref, cut short as people write it -> seconds and device. `newest`: draw no more than so many merges of the
-    line; what its scores say is of all of them.
+    line; what its scores say is of all of them. `able`: scores on what the base can do.
     """
     inside = [one for one in merges if not one.aside]
     last = inside[-1].entry
@@ -50,7 +51,7 @@ def lineage_of(
     states = {drawn[0].after, *(one.entry.state for one in drawn)}
     drawn = [*drawn, *(one for one in merges if one.aside and one.after in states)]
     models = [(one.entry, one.model or one.before) for one in inside]
-    known = accuracy_of(models, last.base, _tuned_of(drawn, store), scored, len(inside) - earlier)
+    known = accuracy_of(models, last.base, _tuned_of(drawn, store), scored, len(inside) - earlier, able)
     drawing = _Drawing(store, known, scored, costs)
     drawing.base(last.base, known)
     for number, merge in enumerate(drawn, 1):

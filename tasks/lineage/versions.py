@@ -17,7 +17,7 @@ from tasks.lineage.scored import Scored
 if TYPE_CHECKING:
     from storage.registry_lines import LineVersion
 
-COST, MEASURED = "cost", "measured"  # tags of a version, see tasks/register.py
+COST, MEASURED, ABLE = "cost", "measured", "able"  # tags of a version, see tasks/register.py
 _GATE, _REASONS = "gate", "gate.reasons"
 
 
@@ -49,7 +49,8 @@ def version_lineage(
             number = entries[-1].number + 1
             merges.append(Merge(_entry(one, number), after, (known[one.number],), aside=True))
     seen = scored or registered_scores(versions, store)
-    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number], newest)
+    able = Scored(store, _named(versions, ABLE))
+    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number], newest, able)
 
 
 def entry_lineage(line: str, entries: Sequence[Entry], store: ArtifactStore, scored: Scored) -> Lineage:
@@ -85,8 +86,12 @@ def entries_of(version: LineVersion, versions: Sequence[LineVersion], journal: S
 def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore) -> Scored:
     """The scores that versions name."""
     of = {one.tags["model"]: one.tags["scores"] for one in versions if "scores" in one.tags and "model" in one.tags}
-    named = dict.fromkeys(ref for one in versions for ref in one.tags.get(MEASURED, "").split())
-    return Scored(store, named, of)
+    return Scored(store, _named(versions, MEASURED), of)
+
+
+def _named(versions: Sequence[LineVersion], tag: str) -> list[str]:
+    """The scores that a tag of the versions names, each once."""
+    return list(dict.fromkeys(ref for one in versions for ref in one.tags.get(tag, "").split()))
 
 
 def costs_of(versions: Sequence[LineVersion]) -> dict[str, dict[str, Any]]:

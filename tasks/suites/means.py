@@ -5,34 +5,29 @@ Scored with such a head, a base shows its own ability, and a merged model how mu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from storage.errors import InvalidInput
-from tasks.data import Rows
-from tasks.suites.base import Batch, batches
 
 
-def class_means(
-    features: Callable[[Batch], Tensor],
-    rows: Rows,
-    size: int,
-    collate: Callable[[list[dict[str, Any]]], Batch],
-    classes: int,
-) -> Tensor:
-    """Unit vectors [classes, D]: the directions of the mean of the normalised `features` [B, D] of each class.
+def class_means(features: Iterable[Tensor], label_N: Tensor, classes: int) -> Tensor:
+    """Unit vectors [classes, D]: the directions of the mean of the normalised features of each class.
+
+    `features` [B, D] come in batches, in the order of their labels.
 
     Raises InvalidInput for a class that no row has.
     """
     means_CD: Tensor | None = None
     seen_C = torch.zeros(classes)
-    for batch in batches(rows, size, collate):
-        labels_B = batch.pop("labels")
-        feature_BD = functional.normalize(features(batch).float(), dim=-1)
+    done = 0
+    for one in features:
+        labels_B = label_N[done : done + len(one)]
+        done += len(one)
+        feature_BD = functional.normalize(one.float(), dim=-1)
         means_CD = torch.zeros(classes, feature_BD.shape[1]) if means_CD is None else means_CD
         means_CD.index_add_(0, labels_B, feature_BD)
         seen_C += labels_B.bincount(minlength=classes)

@@ -36,8 +36,8 @@ WAYS = {
 _WARM = 5
 RESULT = Path(__file__).parent / "results" / "training.md"
 _COLUMNS = ("training", "by", "steps/s", "to step 1", "whole", "data", "peak memory")
-_ABOUT = """One thread. The vit is the demo's, of 0.16 million parameters, batches of 64; the llama has 6 layers of width
-384, batches of 8. Steps a second are the best of three runs, after the first five steps; the rest is the least of
+_ABOUT = """One thread. The vit is the demo's, of 0.16 million parameters, batches of 64; the llama has 6 layers of
+width 384, batches of 8. Steps a second are the best of three runs, after five steps; the rest is the least of
 three. `data` is the share of the time in which rows were read and put into batches."""
 
 
