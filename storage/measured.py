@@ -2,6 +2,8 @@
 
     measured/<sha256 of the model's manifest>/<content key>    sha256 of the rest, a line feed, then JSON by zlib
 
+What a base's own classes look like to it, the heads that its abilities are asked with, is kept here too.
+
 They are written as soon as a suite has been asked, so that an evaluation that is killed goes on at the next suite, and
 one with another list of suites asks only what is new. Nothing names them: they may be removed at any time, and a prune
 removes those whose model is gone. One that is damaged is as one that is not there.

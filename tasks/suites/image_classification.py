@@ -21,7 +21,7 @@ from tasks.suites.base import Batch, Score, batches, first
 from tasks.suites.features import Features
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
 from tasks.suites.labels import Labels, require_columns
-from tasks.suites.means import class_means
+from tasks.suites.means import class_means, kept_means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,9 +155,14 @@ class ImageProblem:
         """What decides the pixels that an encoder sees, and in which batches."""
         suite = self._suite
         seen = {"data": suite.data.spec(), "content": suite.data.fingerprint(), "split": split, "limit": limit}
+        seen["version"] = suite.version
         return {**seen, "image": suite.image, "feature": suite.feature, "batch": suite.batch, **more}
 
     def _means(self, classes: int) -> Tensor:
+        seen = {**self._inputs("train", None), "label": self._suite.label, "names": list(self._labels.names or ())}
+        return kept_means(self._base, seen, classes, lambda: self._make_means(classes))
+
+    def _make_means(self, classes: int) -> Tensor:
         rows = self.rows("train")
         with torch.no_grad():
             made = self._features(lambda: load_model(self._base, dtype=torch.float32).eval(), rows, "cpu")

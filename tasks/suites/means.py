@@ -5,13 +5,47 @@ Scored with such a head, a base shows its own ability, and a merged model how mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storage.errors import InvalidInput
+from storage.artifacts import Artifact
+from storage.errors import DeltaworksError, InvalidInput
+from storage.manifest import canonical, digest
+from storage.measured import Measured
+from storage.refs import CheckpointRef
+
+VERSION = 1  # of how means are made
+
+
+def kept_means(base: Artifact, seen: Mapping[str, Any], classes: int, make: Callable[[], Tensor]) -> Tensor:
+    """[classes, D]: the means of a base's classes as `make` gives them, made once: every model is asked with them.
+
+    `seen`: plain values that decide them, beside the base. They are kept like scores, see storage/measured.py.
+    """
+    key = digest(canonical({"means": VERSION, "classes": classes, **seen}))
+    kept, model = Measured(base.store.objects), CheckpointRef(base.ref)
+    found: Tensor | None = None
+    with suppress(DeltaworksError):
+        found = _means(kept.read(model, key), classes)
+    if found is None:
+        found = make()
+        with suppress(DeltaworksError):  # who may only read, to serve a model for instance, makes them each time
+            kept.write(model, key, {"means": found.tolist()})
+    return found
+
+
+def _means(entry: Any, classes: int) -> Tensor | None:
+    """None for what are no means of so many classes."""
+    try:
+        found = torch.tensor(entry["means"], dtype=torch.float32)
+    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError):
+        return None
+    return found if found.ndim == 2 and len(found) == classes and bool(found.isfinite().all()) else None
 
 
 def class_means(features: Iterable[Tensor], label_N: Tensor, classes: int) -> Tensor:

@@ -21,7 +21,7 @@ from tasks.suites.base import Batch, Score, first
 from tasks.suites.features import Features
 from tasks.suites.heads import AnyHead, ClassNames, CosineHead
 from tasks.suites.labels import Labels, require_columns
-from tasks.suites.means import class_means
+from tasks.suites.means import class_means, kept_means
 from tasks.suites.texts import SHOWN, Pooling, Reading, TextReader, features, pooled, require_fitting
 
 if TYPE_CHECKING:
@@ -153,6 +153,15 @@ class TextProblem:
         return features(base, self._reader, self._suite.pooling, texts)
 
     def _means(self, classes: int) -> Tensor:
+        suite = self._suite
+        data = {"data": suite.data.spec(), "content": suite.data.fingerprint(), "names": list(self._labels.names or ())}
+        read = {
+            name: getattr(suite, name)
+            for name in ("version", "text", "pair", "label", "pooling", "max_tokens", "batch")
+        }
+        return kept_means(self._base, {**data, **read}, classes, lambda: self._make_means(classes))
+
+    def _make_means(self, classes: int) -> Tensor:
         rows = self.rows("train")
         with torch.no_grad():
             base = partial(load_model, self._base, dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import BertModel, ViTModel
 
 from storage.artifacts import ArtifactStore
+from storage.measured import Measured
 from storage.objects import MemoryObjects
 from storage.refs import CheckpointRef
 from tasks.data import Digits, Jsonl
@@ -108,6 +109,28 @@ def test_means_of_classes_are_of_features_that_are_made_once(vit: tuple[Checkpoi
     assert len(seen) == 2, "the rows to train on, and those to test on"
 
 
+def test_means_of_classes_are_made_once_of_a_base(vit: tuple[CheckpointRef, ArtifactStore]) -> None:
+    """Another model is asked with those that were made for the first, bit by bit, and damaged ones are made again."""
+    base, place = vit[0], copy(vit[1])
+    other = train_digits_base(DigitsBase(width=16, steps=2, seed=1), place)
+    task = Task("a", ImageClassification(Digits(limit=60), ClassMeans(), batch=60))
+    fresh = copy(place)
+    wanted = evaluate(other, [task], fresh, base=base)
+    evaluate(base, [task], place)
+    with passes(ViTModel) as seen:
+        assert evaluate(other, [task], place, base=base) == wanted
+    assert len(seen) == 1, "the rows to test on"
+    kept = Measured(fresh.objects)
+    keys = [key for key in fresh.objects.list("measured/") if key.split("/")[1] == base.partition("/")[2]]
+    (key,) = (key.rpartition("/")[2] for key in keys)
+    for entry in (None, {"means": [[1.0]]}, {"means": "x"}, {"means": [[float("nan")] * 16] * 10}):
+        kept.write(base, key, entry)
+        for one in list(fresh.objects.list("measured/")):
+            if one not in keys:
+                fresh.objects.delete(one)
+        assert evaluate(other, [task], fresh, base=base) == wanted
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Jsonl, CheckpointRef, ArtifactStore]:
     """Forty rows of two texts of many lengths, under two labels."""
@@ -145,6 +168,22 @@ def test_texts_are_read_once_for_all_that_ask_about_them(
         alone = copy(place)
         one = alone.open(evaluate(model, [task], alone))
         assert read_scores(one) == [row for row in read_scores(found) if row.task == task.name]
+
+
+def test_means_of_classes_of_texts_are_made_once_of_a_base(
+    texts: tuple[Jsonl, CheckpointRef, ArtifactStore],
+) -> None:
+    data, model, whole = texts
+    place = copy(whole)
+    moods = TextClassification(data, ClassMeans(classes=3), batch=20)
+    evaluate(model, [Task("a", moods)], place)
+    for change, rows in (({"head": ClassMeans(classes=3, scale=2.0)}, 2), ({"pooling": "cls"}, 4)):
+        task, fresh = Task("a", replace(moods, **change)), copy(whole)
+        with passes(BertModel) as seen:
+            assert evaluate(model, [task], place) == evaluate(model, [task], fresh)
+        assert len(seen) == rows + 4, (
+            "rows to test on, and to train on where they are seen otherwise; and all of it anew"
+        )
 
 
 @pytest.mark.parametrize(
