@@ -12,8 +12,10 @@ from storage.lines import Entry
 from storage.manifest import canonical, digest
 from storage.refs import CheckpointRef, ScoresRef, short
 from storage.registry import DataInput, ModelVersion, Registry, Stage
+from storage.registry_lines import LineVersions
 from storage.registry_pyfunc import folder_of
 from tasks.checkpoints import HISTORY
+from tasks.describing import describe
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
@@ -90,7 +92,8 @@ def register(
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
-    described = _describe(entries, summary, verdict, left_out)
+    before = LineVersions(registry, line).one(str(parent)) if parent else None
+    described = describe(line, entries, scores, summary, verdict, left_out, before, store)
     folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores)
     made = registry.register(
         experiment, key, step, stages, store.address(model), described, left_out=left_out, folder=folder
@@ -107,28 +110,6 @@ def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry], left_out
     entry = entries[-1]
     scaled = [] if entry.factor == 1 else [entry.factor]
     return digest(canonical([store.url, line, entry.number, entry.state, *scaled, *["left out"] * left_out]))
-
-
-def _describe(entries: Sequence[Entry], summary: Summary | None, verdict: Verdict | None, left_out: bool) -> str:
-    """The sentences that open the page of a version."""
-    if summary is None:
-        tasks = " + ".join(entry.task for entry in entries)
-        return f"{tasks}, merged one by one with {entries[-1].merger['name']}: not evaluated"
-    forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
-    merged = " + ".join(entry.task for entry in entries)
-    return (
-        f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
-        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out, entries[-1])}"
-    )
-
-
-def _judged(verdict: Verdict | None, left_out: bool, entry: Entry) -> str:
-    if verdict is None:
-        return ""
-    if verdict.passed:
-        again = f", and all were merged again: {entry.why}" if entry.action == "rebuild" else ""
-        return f". The gate let it through{again}"
-    return f". The gate did not let it through{', and it was left out' * left_out}: {'; '.join(verdict.reasons)}"
 
 
 def _start(store: ArtifactStore, update: str) -> str | None:

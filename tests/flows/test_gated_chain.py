@@ -86,6 +86,10 @@ def test_a_merge_that_fails_stays_in_the_line_but_is_not_served(count: Count) ->
     assert version.tags["gate"] == "failed"
     assert version.tags["gate.reasons"] == "; ".join(reasons)
     assert reasons[0] in version.description
+    old, first = leading(here().store.open(line.steps[0].scores)), line.steps[0].entry.task
+    points = f"{100 * (scores[first] - old[first]):+.1f}".replace("-", "\u2212")
+    assert f"Since version 1, with {line.steps[1].entry.task}: {first} {points}, in points." in version.description
+    assert f"`deltaworks line rollback {line.name} 2 --why ...`" in version.description
     before = len(count.labels)
     again = only(config)
     assert len(count.labels) == before, "everything is found done"
