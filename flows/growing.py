@@ -84,7 +84,7 @@ class Growing:
         base_scores: ScoresRef,
     ) -> None:
         self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
-        self._judging = Judging(config, line, base, able, base_scores)
+        self._judging = Judging(config, line, base, base_scores, able)
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None
@@ -138,11 +138,13 @@ class Growing:
         self._judging.alone(one.task.name, one.alone)
         known = self._known(number, one)
         seen = self._seen(one)
-        beside = (self._base_scores, one.alone, *self._look_ahead(one))
+        beside = [self._base_scores, one.alone]
+        if self._merged and one.task.name not in {each.task.name for each in self._merged}:
+            beside.append(self._judging.look_ahead(name, one.task, self.model))
         # the journal's recipe and factor, also where the search or the gate would choose others by now
         tried = self._again(name, known, seen) if known else self._newly(one, head, seen)
         model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
-        able = self._judging.abilities_of(model)
+        able = self._judging.able(model)
         if self._refused(verdict) and verdict is not None and known is None:
             # numbered by its place, and not by what the line has come to since: the same version in every run
             place = self._entries[number - 1].number if number else 0
@@ -232,12 +234,6 @@ class Growing:
         with kept(self._line.name, repr(name)):
             version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
         return version
-
-    def _look_ahead(self, one: Prepared) -> tuple[ScoresRef, ...]:
-        """The model of the step before on a task that it has not met: what forward transfer is made of."""
-        if not self._merged or one.task.name in {each.task.name for each in self._merged}:
-            return ()
-        return (self._judging.look_ahead(one.name, one.task, self.model),)
 
     def _seen(self, one: Prepared) -> list[Task]:
         """The tasks of the updates that are merged with this one, each once."""

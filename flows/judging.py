@@ -28,22 +28,22 @@ class Tried:
 
 
 class Judging:
-    """Asks the merges of one line of a chain. `able`: the base on its abilities; `base_scores`: on the tasks."""
+    """Asks the merges of one line of a chain.
+
+    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
 
     def __init__(
         self,
         config: ChainConfig,
         line: LineConfig,
         base: CheckpointRef,
-        able: ScoresRef | None,
         base_scores: ScoresRef,
+        able: ScoresRef | None,
     ) -> None:
-        self._line, self._base = line, base
-        self._abilities, self._able_scores = list(config.retained), able
-        self._able = leading(here().store.open(able)) if able else {}
+        self._line, self._base, self._abilities = line, base, list(config.retained)
+        self._able = {} if able is None else {base: able}  # models on the base's abilities
         self._unmet = leading(here().store.open(base_scores))
         self._ahead: dict[str, float] = {}  # task -> what the model reached on it right before it was merged
-        self._after: dict[CheckpointRef, ScoresRef] = {}  # models on the base's abilities
         self._alone: dict[str, float] = {}
         self._matrix: list[dict[str, float]] = []
         self._champion: tuple[CheckpointRef, Standing] | None = None
@@ -51,6 +51,20 @@ class Judging:
     def alone(self, task: str, scores: ScoresRef) -> None:
         """Take note of what the task's own model reaches; of several rounds, the newest counts."""
         self._alone[task] = leading(here().store.open(scores))[task]
+
+    def able(self, model: CheckpointRef) -> tuple[ScoresRef, ...]:
+        """Scores of the base and of a model that was asked on what the base can do, if the chain names anything."""
+        return tuple(self._able[one] for one in (self._base, model)) if self._able else ()
+
+    def look_ahead(self, name: str, task: Task, model: CheckpointRef) -> ScoresRef:
+        """Evaluate the line's model on a task that it has not met: what forward transfer is made of."""
+        label = f"{self._line.name}: evaluate ahead of {name}"
+        scores: ScoresRef = run_now(steps.evaluate, label, model, [task], self._base)
+        found = here().store.open(scores)
+        self._ahead |= leading(found)
+        if self._champion is not None and self._champion[0] == model:  # so that the gate need not ask again
+            self._champion = (model, self._champion[1].joined(Standing(leading(found), outcomes_of(found))))
+        return scores
 
     def ask(self, name: str, entry: Entry, seen: list[Task]) -> Tried:
         """Write the state of an entry as a model, evaluate it on the tasks that are merged in it, and judge it."""
@@ -61,7 +75,7 @@ class Judging:
         scores = run_now(steps.evaluate, f"{line}: evaluate {name}", model, seen, self._base)
         standing = self._standing(name, model, scores)
         summary = summarise([*self._matrix, standing.scores], self._alone, self._ahead, self._unmet)
-        summary = with_abilities(summary, standing.abilities, self._able)
+        summary = with_abilities(summary, standing.abilities, self._left(self._base))
         return Tried(entry, model, scores, standing, summary, self._judge(name, seen, standing))
 
     def accept(self, tried: Tried) -> None:
@@ -78,29 +92,18 @@ class Judging:
         scores = run_now(steps.search, label, self._base, state, seen, self._line.search)
         return float(here().store.open(scores).manifest.facts["factor"])
 
-    def look_ahead(self, name: str, task: Task, model: CheckpointRef) -> ScoresRef:
-        """Evaluate the model of the step before on a task that it has not met, and take note of it."""
-        label = f"{self._line.name}: evaluate ahead of {name}"
-        scores: ScoresRef = run_now(steps.evaluate, label, model, [task], self._base)
-        found = here().store.open(scores)
-        self._ahead |= leading(found)
-        if self._champion is not None and self._champion[0] == model:  # so that the gate need not ask again
-            self._champion = (model, self._champion[1].joined(Standing(leading(found), outcomes_of(found))))
-        return scores
-
-    def abilities_of(self, model: CheckpointRef) -> tuple[ScoresRef, ...]:
-        """Of the base and of a model that was asked, if the chain names any."""
-        return (self._able_scores, self._after[model]) if self._able_scores else ()
-
     def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:
-        store = here().store
-        found = store.open(scores)
-        if not self._abilities:
+        found = here().store.open(scores)
+        if not self._able:
             return Standing(leading(found), outcomes_of(found))
         label = f"{self._line.name}: evaluate abilities after {name}"
-        self._after[model] = run_now(steps.evaluate, label, model, self._abilities, self._base)
-        left = leading(store.open(self._after[model]))
-        return Standing(leading(found), outcomes_of(found), retention(left, self._able), left)
+        self._able[model] = run_now(steps.evaluate, label, model, self._abilities, self._base)
+        left = self._left(model)
+        return Standing(leading(found), outcomes_of(found), retention(left, self._left(self._base)), left)
+
+    def _left(self, model: CheckpointRef) -> dict[str, float]:
+        """What a model reaches on what the base can do."""
+        return leading(here().store.open(self._able[model])) if self._able else {}
 
     def _judge(self, name: str, seen: list[Task], standing: Standing) -> Verdict | None:
         """What the gate says, after the champion was measured on tasks that it has not met yet."""

@@ -42,18 +42,17 @@ def lineage_of(
     """The graph of `merges`, the last of the line itself being the version.
 
     `costs`: ref, cut short as people write it -> seconds and device. `newest`: draw no more than so many merges of the
-    line; what its scores say is of all of them. `able`: scores on what the base can do.
-    """
+    line; what its scores say is of all of them. `able`: scores on what the base can do."""
     inside = [one for one in merges if not one.aside]
     last = inside[-1].entry
-    drawn = inside[-newest:] if newest else inside
+    drawn = inside[-newest:] if newest else [*inside]
     earlier = len(inside) - len(drawn)
     states = {drawn[0].after, *(one.entry.state for one in drawn)}
-    drawn = [*drawn, *(one for one in merges if one.aside and one.after in states)]
+    drawn += [one for one in merges if one.aside and one.after in states]
     models = [(one.entry, one.model or one.before) for one in inside]
     known = accuracy_of(models, last.base, _tuned_of(drawn, store), scored, len(inside) - earlier, able)
     drawing = _Drawing(store, known, scored, costs)
-    drawing.base(last.base, known)
+    drawing.base(last.base)
     for number, merge in enumerate(drawn, 1):
         drawing.merge(number, merge)
     return Lineage(
@@ -103,10 +102,10 @@ class _Drawing:
         self._base = ""
         self._base_blobs: set[str] = set()
 
-    def base(self, ref: str, accuracy: Accuracy) -> None:
+    def base(self, ref: str) -> None:
         self._base = ref
         artifact = _opened(self._store, ref)
-        figures: dict[str, Any] = {"average": accuracy.base_average}
+        figures: dict[str, Any] = {"average": self._accuracy.base_average}
         title = short(ref, 8)
         if artifact is not None:
             manifest = artifact.manifest
