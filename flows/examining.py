@@ -23,6 +23,7 @@ from storage.refs import CheckpointRef, ScoresRef
 from storage.registry import ModelVersion
 from tasks.evaluate import Summary, leading, outcomes_of, retention, with_abilities
 from tasks.gate import Standing, Verdict, judge
+from tasks.retry import OtherRecipe
 
 PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was judged
 
@@ -50,23 +51,23 @@ class Examiner:
     """Asks the merges of one line."""
 
     def __init__(self, exam: Exam, queue: Queue, journal: Line) -> None:
-        self._exam, self._queue, self._line = exam, queue, journal.name
+        self._exam, self._queue, self._journal, self.line = exam, queue, journal, journal.name
         self._able: dict[CheckpointRef, ScoresRef] = {}  # models on what the base can do
 
     def examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
-        """`before`: the folds that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
+        """`before`: the steps that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
         try:
             return self._examine(before, merged)
         except InvalidInput as error:
             raise Unanswered(
-                f"the exam of line {self._line!r} cannot be held on {merged.task!r}: {error}",
-                remedy=f"Its data must be there for the worker; `deltaworks line policy {self._line} --exam FILE` "
+                f"the exam of line {self.line!r} cannot be held on {merged.task!r}: {error}",
+                remedy=f"Its data must be there for the worker; `deltaworks line policy {self.line} --exam FILE` "
                 "sets another one",
             ) from error
 
     @property
-    def retry(self) -> tuple[float, ...]:
-        """By which factors a merge that the gate refuses is written instead."""
+    def retry(self) -> tuple[float | OtherRecipe, ...]:
+        """What is tried where the gate refuses a merge."""
         return self._exam.gate.retry if self._exam.gate else ()
 
     def lets_in(self, found: Examined) -> bool:
@@ -75,10 +76,10 @@ class Examiner:
 
     def register_left_out(self, before: Sequence[Entry], merged: Entry, found: Examined) -> ModelVersion:
         """A version with the reasons, for people to look at; it is no part of the line."""
-        return register_examined(self._line, [*before, merged], found, left_out=True)
+        return register_examined(self.line, [*before, merged], found, left_out=True)
 
     def _examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
-        model = written(self._line, merged)
+        model = written(self.line, merged)
         scores, standing = self._standing(merged.task, model, merged.base)
         values = list(standing.scores.values())
         summary = Summary(fmean(values), min(values), None, None, None)
@@ -92,16 +93,20 @@ class Examiner:
     def _champion(self, before: Sequence[Entry], merged: Entry) -> Standing | None:
         """What the model reaches that a merge is held against; None if its state was removed from the store."""
         passed = {one.entry for one in self._queue.submissions() if one.state == "merged" and one.kind == PASSED}
-        champion = next((one for one in reversed(before) if one.number in passed and one.action == "fold"), None)
+        champion = next((one for one in reversed(before) if one.number in passed and self._is_entry(one)), None)
         against = champion or (before[-1] if before else None)
         if against is None:
             return self._standing("the base", merged.base, merged.base)[1]
         if against.state is None or not here().store.has(against.state):
             return None
-        return self._standing(f"{against.task}, the champion", written(self._line, against), merged.base)[1]
+        return self._standing(f"{against.task}, the champion", written(self.line, against), merged.base)[1]
+
+    def _is_entry(self, step: Entry) -> bool:
+        """Whether it is an entry of the journal, and not one of those that a rebuild merged again."""
+        return step == self._journal.entry(step.number)
 
     def _standing(self, name: str, model: CheckpointRef, base: CheckpointRef) -> tuple[ScoresRef, Standing]:
-        scores = run_now(steps.evaluate, f"{self._line}: evaluate {name}", model, list(self._exam.suites), base)
+        scores = run_now(steps.evaluate, f"{self.line}: evaluate {name}", model, list(self._exam.suites), base)
         found = here().store.open(scores)
         left, before = self._left(name, model, base), self._left("the base", base, base)
         return scores, Standing(leading(found), outcomes_of(found), retention(left, before), left)
@@ -111,7 +116,7 @@ class Examiner:
         if not self._exam.retained:
             return {}
         if model not in self._able:
-            label = f"{self._line}: evaluate abilities of {name}"
+            label = f"{self.line}: evaluate abilities of {name}"
             self._able[model] = run_now(steps.evaluate, label, model, list(self._exam.retained), base)
         return leading(here().store.open(self._able[model]))
 

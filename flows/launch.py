@@ -11,9 +11,11 @@ from flows import progress
 from flows.board import Board
 from flows.chain import Outcome, chain, count_steps
 from flows.picture import draw
+from flows.registering import patiently
 from flows.report import accuracy_rows, accuracy_table, comparison_table, gate_lines, size_lines
 from flows.terminal import called
 from flows.workplace import Workplace
+from storage.errors import Unavailable
 from storage.manifest import canonical, digest
 from storage.registry import Stage
 from storage.tables import write_rows
@@ -33,7 +35,7 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
     if board.done or not (picture.exists() and table.exists()):
         draw(outcome, picture)
         table.write_bytes(write_rows(accuracy_rows(outcome)))
-    _log(config, place, outcome, [picture, table])
+    missing = _log(config, place, outcome, [picture, table])
     if not quiet:
         _print(outcome, console)
     if board.done == 0:
@@ -44,6 +46,11 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
         if line.beyond:
             held = ", ".join(line.beyond)
             console.print(f"note: {line.name} also holds {held}, which this chain does not have: not measured here")
+    if missing is not None:
+        console.print(f"note: the run with the summary is not in MLflow: {missing}", soft_wrap=True)
+        console.print(
+            "Every version is. When it answers, the same command writes that run too, and makes nothing again"
+        )
     best = outcome.best.last
     console.print(f"best: {best.version.name} version {best.version.version}, {best.model}", soft_wrap=True)
     if not quiet:
@@ -53,14 +60,19 @@ def launch(config: ChainConfig, place: Workplace, console: Console, quiet: bool)
     return outcome
 
 
-def _log(config: ChainConfig, place: Workplace, outcome: Outcome, files: list[Path]) -> None:
+def _log(config: ChainConfig, place: Workplace, outcome: Outcome, files: list[Path]) -> Unavailable | None:
+    """The run that compares the lines. Returns why it could not be written: all that it tells is kept without it."""
     averages = {f"{line.name}/average": line.last.summary.average for line in outcome.lines}
     best = outcome.best.last
     tags = {"run": f"{config.name}: summary", "best": f"{best.version.name} v{best.version.version}"}
     models = [line.last.model for line in outcome.lines]
     key = digest(canonical([place.store.url, dump_chain(config), models]))
     summary = Stage("summary", best.model, dump_chain(config), averages, tags=tags)
-    place.registry.log_chain(config.name, key, summary, files)
+    try:
+        patiently(lambda: place.registry.log_chain(config.name, key, summary, files))
+    except Unavailable as error:
+        return error
+    return None
 
 
 def _print(outcome: Outcome, console: Console) -> None:

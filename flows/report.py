@@ -40,6 +40,9 @@ def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     if any(step.summary.retained is not None for step in line.steps):
         table.add_row("of the base", "100.0", "", *(_percent(step.summary.retained) for step in line.steps))
         table.add_row("trade-off", "", "", *(_percent(step.summary.tradeoff) for step in line.steps))
+    mergers = [recipe_name(step.entry.merger) for step in line.steps]
+    if len(set(mergers)) > 1:
+        table.add_row("merger", "", "", *mergers)
     if any(step.entry.factor != 1 for step in line.steps):
         table.add_row("factor", "", "", *(f"{step.entry.factor:g}" for step in line.steps))
     return table
@@ -97,7 +100,8 @@ def gate_lines(line: Grown) -> Iterator[str]:
     for step in sorted([*line.steps, *line.left_out], key=lambda one: one.version.version):
         if step.verdict is not None:
             what = "was left out" if step in line.left_out else "is no champion"
-            said = "passed" if step.verdict.passed else f"{what}: {'; '.join(step.verdict.reasons)}"
+            passed = f"passed, all merged again: {step.entry.why}" if step.entry.action == "rebuild" else "passed"
+            said = passed if step.verdict.passed else f"{what}: {'; '.join(step.verdict.reasons)}"
             yield f"{line.name} version {step.version.version}, + {step.entry.task}: {said}"
 
 

@@ -1,7 +1,7 @@
 """The folder of a version that `mlflow.pyfunc` loads: it names the weights in the store, and holds none of them.
 
-    MLmodel          which module loads it (`loader_module`), and settings that may be given others
-    weights.json     {"ref": "checkpoint/<sha256>", "store": "s3://bucket/prefix"}
+    MLmodel          which module loads it (`loader_module`), settings that may be given others, parameters of a request
+    weights.json     {"ref": "checkpoint/<sha256>", "store": "s3://bucket/prefix", "scores": "scores/<sha256>"}
 
 Nothing in it is a pickle, so loading runs no code but that of the installed package.
 """
@@ -10,21 +10,50 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from storage.refs import CheckpointRef
+from storage.errors import InvalidInput
+from storage.refs import CheckpointRef, ScoresRef
 
 FOLDER = "model"  # in the artifacts of the version's run
 WEIGHTS = "weights.json"
 
 
-def folder_of(model: CheckpointRef, store: str, loader: str, settings: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of the folder by name. `store`: its address; `loader`: the module that has `_load_pyfunc(path,
-    model_config)`, given the path of weights.json; `settings`: its defaults, as model_config may change them."""
-    from mlflow.models import Model  # takes a second to import: only for those who register
+@contextmanager
+def answering() -> Iterator[None]:
+    """Refusals as MLflow's server passes them on: of other errors its client learns nothing. They stay InvalidInput."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-    described = Model(model_uuid=None)
+    class Refused(InvalidInput, MlflowException):
+        def __init__(self, said: str) -> None:
+            MlflowException.__init__(self, said, error_code=BAD_REQUEST)
+            self.remedy = ""  # it is in what is said
+
+    try:
+        yield
+    except InvalidInput as error:
+        raise Refused(str(error)) from error
+
+
+def folder_of(
+    model: CheckpointRef,
+    store: str,
+    loader: str,
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, str],
+    scores: ScoresRef | None = None,
+) -> dict[str, bytes]:
+    """The files of the folder by name. `store`: its address; `loader`: the module that has `_load_pyfunc(path,
+    model_config)`, given the path of weights.json; `settings`: its defaults, as model_config may change them;
+    `parameters`: what a request may set, with the value if it does not; `scores`: what the model was measured on."""
+    from mlflow.models import Model, ModelSignature  # takes a second to import: only for those who register
+    from mlflow.types import ParamSchema, ParamSpec
+
+    schema = ParamSchema([ParamSpec(name, "string", default) for name, default in parameters.items()])
+    described = Model(model_uuid=None, signature=ModelSignature(params=schema))
     described.add_flavor(
         "python_function",
         loader_module=loader,
@@ -33,5 +62,5 @@ def folder_of(model: CheckpointRef, store: str, loader: str, settings: Mapping[s
         env={},
         python_version=platform.python_version(),
     )
-    weights = json.dumps({"ref": model, "store": store}, indent=2).encode()
-    return {"MLmodel": described.to_yaml().encode(), WEIGHTS: weights}
+    named = {"ref": model, "store": store, **({"scores": scores} if scores else {})}
+    return {"MLmodel": described.to_yaml().encode(), WEIGHTS: json.dumps(named, indent=2).encode()}

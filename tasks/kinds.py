@@ -15,6 +15,15 @@ _ATTENTION = re.compile(r"attn|attention")  # somewhere in the path: self_attn, 
 _PROJECTION = re.compile(r"(q|k|v|o|out|qkv)_proj|(q|k|v|out)_lin|query|key|value|query_key_value|qkv|to_[qkv]|c_attn")
 
 
+_EXPERTS = re.compile(r"experts|\w*experts")  # of a module or its class: gate_up_proj [E, 2 I, H], down_proj [E, H, I]
+
+
+def is_expert_stack(name: str, role: str, dimensions: int) -> bool:
+    """Whether a tensor holds one matrix for each expert of a layer, as transformers keeps mixtures of experts."""
+    where = (*name.split(".")[:-1], role.partition(".")[0])
+    return dimensions == 3 and any(_EXPERTS.fullmatch(one) for one in where)
+
+
 def kind_of(name: str, role: str) -> Kind:
     """The kind of tensor `name`, whose role is that of its record (`linear.weight`, `embedding.weight`, ...).
 

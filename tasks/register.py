@@ -19,7 +19,7 @@ from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
 from tasks.lineage.versions import ABLE, COST, MEASURED
-from tasks.serving import LOADER, SETTINGS
+from tasks.serving import LOADER, PARAMETERS, SETTINGS
 from tasks.surroundings import surroundings
 
 
@@ -91,7 +91,7 @@ def register(
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
     described = _describe(entries, summary, verdict, left_out)
-    folder = folder_of(model, store.url, LOADER, SETTINGS)
+    folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores)
     made = registry.register(
         experiment, key, step, stages, store.address(model), described, left_out=left_out, folder=folder
     )
@@ -118,15 +118,16 @@ def _describe(entries: Sequence[Entry], summary: Summary | None, verdict: Verdic
     merged = " + ".join(entry.task for entry in entries)
     return (
         f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
-        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out)}"
+        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out, entries[-1])}"
     )
 
 
-def _judged(verdict: Verdict | None, left_out: bool) -> str:
+def _judged(verdict: Verdict | None, left_out: bool, entry: Entry) -> str:
     if verdict is None:
         return ""
     if verdict.passed:
-        return ". The gate let it through"
+        again = f", and all were merged again: {entry.why}" if entry.action == "rebuild" else ""
+        return f". The gate let it through{again}"
     return f". The gate did not let it through{', and it was left out' * left_out}: {'; '.join(verdict.reasons)}"
 
 

@@ -178,12 +178,12 @@ def _between(stream: Stream, rank: int, bracket: _Bracket, dtype: torch.dtype) -
     place = rank - (up_to_low - at_low)
     if place < 1:
         return None
-    if place <= at_low:
-        return Ranked(low)
+    if place <= at_low:  # so it was counted
+        return Ranked(low, up_to_low - at_low, at_low)
     place -= at_low
     if inside is not None and place <= held:
         return _among(inside[:held], place, up_to_low)
-    return Ranked(high) if place - held <= at_high and low < high else None
+    return Ranked(high, up_to_low + held, at_high) if place - held <= at_high and low < high else None
 
 
 def _split(magnitude: Tensor, low: float, high: float) -> tuple[int, Tensor]:

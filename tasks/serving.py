@@ -6,39 +6,48 @@ MLflow imports this module by its name, which the MLmodel file of each version h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from storage.address import open_objects
 from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import InvalidInput
 from storage.refs import parse_ref, short
+from storage.registry_pyfunc import answering
 from tasks.checkpoints import load_model, skeleton_of
+from tasks.choice import restored
+from tasks.suites import AnySuite
+from tasks.suites.base import Answering, Batch
 from tasks.suites.texts import TextReader, pooled, require_fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOADER = __name__
-SETTINGS: Mapping[str, Any] = {"device": "cpu", "batch": 16, "max_tokens": 256, "max_new_tokens": 64}
+SETTINGS: Mapping[str, Any] = {"device": "cpu", "batch": 16, "max_tokens": 256, "max_new_tokens": 64, "task": ""}
+PARAMETERS: Mapping[str, str] = {"task": ""}  # of a request
 _IMAGES, _TEXTS = "pixel_values", "input_ids"
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Served:
     """What `mlflow.pyfunc.load_model` calls. `path`: a file that names a checkpoint and its store, as JSON.
 
-    `model_config`: other SETTINGS; rows at once, tokens that are read of a text, tokens that are generated.
+    `model_config`: other SETTINGS; rows at once, tokens that are read of a text, tokens that are generated, and the
+    task whose head answers where a request names none.
     """
     named = json.loads(Path(path).read_text())
     ref = parse_ref(str(named["ref"]), "checkpoint")
     store = ArtifactStore(open_objects(str(named["store"])))
-    return Served(store.open(ref, "checkpoint"), {**SETTINGS, **(model_config or {})})
+    heads = None
+    if "scores" in named:
+        heads = Heads(store.open(parse_ref(str(named["scores"]), "scores"), "scores"), store)
+    return Served(store.open(ref, "checkpoint"), {**SETTINGS, **(model_config or {})}, heads)
 
 
 class Served:
@@ -50,12 +59,13 @@ class Served:
     - any other that reads texts or pixel values: its features [B, D], the mean of the last hidden state over all
       tokens that are no padding, or over all patches
 
-    Heads that a suite makes, and the line's models are evaluated with, are no part of a checkpoint: such a model
-    gives features.
+    Heads that a suite makes are no part of a checkpoint. A request that names a task that the version was measured on,
+    `{"task": "rot90"}`, is answered by its head, as the suite does it: {"label", "score", "scores"}. A suite of texts
+    in pairs takes pairs.
     """
 
-    def __init__(self, checkpoint: Artifact, settings: Mapping[str, Any]) -> None:
-        self._settings, self._name = settings, short(checkpoint.ref)
+    def __init__(self, checkpoint: Artifact, settings: Mapping[str, Any], heads: Heads | None = None) -> None:
+        self._settings, self._name, self._heads = settings, short(checkpoint.ref), heads
         architecture = skeleton_of(checkpoint).architecture
         self._model: PreTrainedModel = load_model(checkpoint, str(settings["device"]))
         self._reads = str(self._model.main_input_name)
@@ -71,16 +81,36 @@ class Served:
             self._reader.tokenizer.padding_side = "left" if self._generates else "right"
             require_fitting(self._reader.tokenizer, self._model)
 
-    @torch.inference_mode()
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """The answers to the rows of a list, an array or a DataFrame with one column, in their order.
 
-        Raises InvalidInput for rows that are no texts, or not the pixel values that the model takes.
+        `params`: `task`, whose head is to answer. Raises InvalidInput for rows that are no texts, or not the pixel
+        values that the model takes, and for a task that is not known.
         """
+        task = str((params or {}).get("task") or self._settings["task"])
+        with answering(), torch.inference_mode():
+            return self._by_head(task, model_input) if task else self._by_itself(model_input)
+
+    def _by_itself(self, model_input: Any) -> Any:
         parts = [self._answer(batch) for batch in self._batches(model_input)]
         if self._classifies or self._generates:
             return [row for part in parts for row in part]
         return numpy.concatenate(parts) if parts else numpy.zeros((0, 0), dtype=numpy.float32)
+
+    def _by_head(self, task: str, given: Any) -> list[dict[str, Any]]:
+        if self._heads is None:
+            raise InvalidInput(
+                f"{self._name} was given the task {task!r}, but this version was not measured on any",
+                remedy="Leave the task out: it answers with features, or by its own head",
+            )
+        head = self._heads.of(task, self._model)
+        rows, size, found = _column(given), int(self._settings["batch"]), []
+        for start in range(0, len(rows), size):
+            batch = {
+                name: value.to(self._model.device) for name, value in head.read(rows[start : start + size]).items()
+            }
+            found += _labelled(head.module(**batch)["logits"], head.labels)
+        return found
 
     def _batches(self, given: Any) -> Iterator[dict[str, Tensor]]:
         rows = self._pixels(given) if self._reads == _IMAGES else self._texts(given)
@@ -116,22 +146,15 @@ class Served:
         if self._generates:
             return self._written(batch)
         if self._classifies:
-            return self._labelled(self._model(**batch).logits)
+            names: Mapping[int, str] = self._model.config.id2label or {}
+            logits_BC = self._model(**batch).logits
+            return _labelled(logits_BC, [str(names.get(number, number)) for number in range(logits_BC.shape[1])])
         if self._reads == _TEXTS:
             features = pooled(self._model, "mean", batch)
         else:
             hidden: Tensor = self._model.base_model(**batch).last_hidden_state
             features = hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
         return features.float().cpu().numpy()
-
-    def _labelled(self, logits_BC: Tensor) -> list[dict[str, Any]]:
-        names: Mapping[int, str] = self._model.config.id2label or {}
-        labels = [str(names.get(number, number)) for number in range(logits_BC.shape[1])]
-        found = []
-        for row in logits_BC.float().softmax(dim=1).tolist():
-            best = max(range(len(row)), key=row.__getitem__)
-            found.append({"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))})
-        return found
 
     def _written(self, batch: dict[str, Tensor]) -> list[str]:
         model: Any = self._model  # transformers leaves generate without types
@@ -142,6 +165,49 @@ class Served:
         new = tokens[:, batch[_TEXTS].shape[1] :]
         found: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return found
+
+
+class Heads:
+    """The heads of the tasks that a version was measured on, by the suites that made them; each is made once.
+
+    What a head is made of must be there: class names of the data, the base, or the files of a text tower.
+    """
+
+    def __init__(self, scores: Artifact, store: ArtifactStore) -> None:
+        lineage = scores.manifest.lineage
+        self._suites: Mapping[str, Any] = lineage.spec["tasks"]
+        self._base = store.open(lineage.inputs.get("base", lineage.inputs["model"]), "checkpoint")
+        self._made: dict[str, Headed] = {}
+
+    def of(self, task: str, backbone: PreTrainedModel) -> Headed:
+        if task not in self._suites:
+            raise InvalidInput(f"no task {task!r}", remedy=f"This version was measured on {', '.join(self._suites)}")
+        if task not in self._made:
+            problem = restored(AnySuite, self._suites[task]["suite"]).open(self._base)
+            if not isinstance(problem, Answering):
+                raise InvalidInput(
+                    f"the suite of task {task!r} has no head that gives labels",
+                    remedy="Leave the task out: the model answers for itself",
+                )
+            module = problem.wrap(backbone).to(backbone.device).eval()
+            self._made[task] = Headed(module, problem.read, problem.label_names)
+        return self._made[task]
+
+
+class Headed(NamedTuple):
+    """A model with the head of a task. `read`: rows -> a batch; `labels`: of the logits, in order."""
+
+    module: nn.Module
+    read: Callable[[Sequence[Any]], Batch]
+    labels: Sequence[str]
+
+
+def _labelled(logits_BC: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for row in logits_BC.float().softmax(dim=1).tolist():
+        best = max(range(len(row)), key=row.__getitem__)
+        found.append({"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))})
+    return found
 
 
 def _column(given: Any) -> Any:

@@ -30,6 +30,7 @@ _CONFIGS = {
     ),
     "BertForMaskedLM": lambda: transformers.BertConfig(**_BERT, **_SIZES),
     "BertForSequenceClassification": lambda: transformers.BertConfig(**_BERT, **_SIZES, num_labels=3),
+    "ViTForImageClassification": lambda: transformers.ViTConfig(**_IMAGE, **_SIZES, num_labels=3),
     "ViTModel": lambda: transformers.ViTConfig(**_IMAGE, **_SIZES),
     "CLIPVisionModel": lambda: transformers.CLIPVisionConfig(**_IMAGE, **_SIZES),
     "MixtralForCausalLM": lambda: transformers.MixtralConfig(
@@ -39,7 +40,7 @@ _CONFIGS = {
         vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=1
     ),
 }
-FORMS = [name for name in _CONFIGS if name != "BertForSequenceClassification"]
+FORMS = [name for name in _CONFIGS if not name.endswith("Classification")]
 
 
 def memory_store() -> ArtifactStore:

@@ -21,7 +21,7 @@ from tasks.codecs import is_lossless
 from tasks.export import CARD
 from tasks.extract import HEAD
 from tasks.naming import Skeleton
-from tasks.tensors import check_finite, ground_of, read_delta, read_tensor, wide
+from tasks.tensors import check_finite, ground_of, is_finite, read_delta, read_tensor, wide
 
 RECORD = "deltaworks.json"  # says in every exported folder, but those of whole models, what it was made from
 Report = Callable[[int, int], None]  # done, total
@@ -147,7 +147,7 @@ def open_applied(update: UpdateRef, store: ArtifactStore, device: str = "cpu") -
 def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """`tensor` in `dtype`, on the CPU. Raises InvalidInput if that makes a finite number infinite."""
     found = tensor.to("cpu", dtype)
-    if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(tensor).all()):
+    if not is_finite(found) and is_finite(tensor):
         raise InvalidInput(f"{what} has numbers that {dtype} cannot hold", remedy="Use float32 or bfloat16")
     return found
 

@@ -1,7 +1,7 @@
 """Merge folders: Hugging Face checkpoints straight into a new one, without a store or a line.
 
 The mergers, sparsifiers and scalings are those of lines, and so are the numbers, except of experts that files store one
-by one: they are merged one by one here, and as one tensor per layer, as transformers holds them, in a line. All inputs
+by one: here these are tensors of their own; in a line, as in transformers, a layer's are one tensor. All inputs
 are checked before anything is written; the new folder appears whole or not at all, with a record of how it was made.
 """
 

@@ -72,7 +72,7 @@ def match(base: Weights, tuned: Sequence[Weights], *, roles: bool) -> Matched:
         notes.append(
             f"{len(parts)} tensors are merged one by one, as the files have them: {_some(parts)}. A line holds"
         )
-        notes[-1] += " the experts of a layer as one tensor, and merges them together"
+        notes[-1] += " the experts of a layer as one tensor, with the gate and up projections of each in one matrix"
     parameters = [_parameter(name, first, others, skeleton) for name in sorted(first.canonical)]
     return Matched(parameters, first.extras, notes)
 

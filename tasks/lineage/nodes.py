@@ -45,6 +45,7 @@ class Merge:
     versions: tuple[Known, ...] = ()
     aside: bool = False
     written: str | None = None  # the model, where no version names it
+    before: str | None = None  # what the line was after it, where another recipe merged it again: what scores are of
 
     @property
     def model(self) -> str | None:

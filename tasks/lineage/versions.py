@@ -39,6 +39,8 @@ def version_lineage(
     known = {one.number: _known(one, (pages or {}).get(one.number, {})) for one in versions}
     entries = entries_of(version, versions, journal)
     merges = merges_of(entries, [known[one.number] for one in versions if not one.left_out or one == version])
+    before = _models_before(version, versions)
+    merges = [one if one.model else replace(one, before=before.get(one.entry.step)) for one in merges]
     states = {one.entry.state for one in merges}
     for one in versions:
         parent = _numbered(versions, one.tags.get("parent_version"))
@@ -139,6 +141,17 @@ def entries_at(line: str, which: str | None, journal: Sequence[Entry]) -> tuple[
     if not entries:
         raise InvalidInput(f"line {line!r} has merged nothing by entry {number}", remedy="Name a later entry")
     return number, entries
+
+
+def _models_before(version: LineVersion, versions: Sequence[LineVersion]) -> dict[int, str]:
+    """Step -> the model of the version that the line had after it, of those that led to this one."""
+    found: dict[int, str] = {}
+    parent = _numbered(versions, version.tags.get("parent_version"))
+    while parent is not None and parent.step not in found:
+        if "model" in parent.tags:
+            found[parent.step] = parent.tags["model"]
+        parent = _numbered(versions, parent.tags.get("parent_version"))
+    return found
 
 
 def _numbered(versions: Sequence[LineVersion], number: str | None) -> LineVersion | None:

@@ -10,6 +10,7 @@ Joint: the state is the list of the updates. `combine` sees one tensor of all of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +27,8 @@ Facts = Mapping[str, float]  # whole-model numbers of a state or of an update
 Sums = Mapping[str, float]  # one tensor's share of them
 Columns = Callable[[], Iterable[Sequence[Tensor]]]  # several deltas of one tensor, piece by piece; called once per pass
 Mix = Callable[[Sequence[Tensor], int], Tensor]  # deltas of one piece and its first entry -> their merged delta
+
+_PIECE = 1 << 16  # elements that stay in a core's cache in float64
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,11 @@ def weight_of(survey: Facts) -> float:
 
 def squared_norm(tensor: Tensor) -> float:
     """Sum of squares, accumulated in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    if tensor.device.type != "cpu":
+        return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    # piece by piece: a whole copy in float64 would leave the cache, and be most of the memory that a merge takes
+    pieces = (piece.double() for piece in torch.split(tensor.reshape(-1), _PIECE))
+    return math.fsum(float(torch.dot(piece, piece)) for piece in pieces)
 
 
 def counted(facts: Facts) -> float:

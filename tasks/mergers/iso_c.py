@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.choice import require
 from tasks.mergers.base import Facts, Parts, RunningSum, Sums, Target
-from tasks.mergers.orthonormal import Level, Project, is_projected, leading_triplets, level_of
+from tasks.mergers.orthonormal import Level, Project, by_matrix, is_projected, leading_triplets, level_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class IsoC(RunningSum):
     project: which parameters are treated as matrices; all others are averaged.
         matrices   everything with two dimensions, embeddings included (fusion_bench)
         linear     weights of linear layers
+        The experts of a layer, which are one tensor [E, R, C], are E matrices either way.
     accumulate: dtype of the state, whatever the dtype of the files.
 
     Weights are ratios: M = T * sum of w_i tau_i / sum of w_i. The level is taken over all min(R, C) singular values.
@@ -60,9 +61,11 @@ class IsoC(RunningSum):
         if not is_projected(total, target, self.project):
             return total * (self.scale / facts["weight"])
         ratio = facts["count"] / facts["weight"]
-        U_RK, s_K, Vh_KC = leading_triplets(total, min(total.shape))
-        merged_RC: Tensor = U_RK @ Vh_KC * (level_of(s_K, self.level) * ratio * self.scale)
-        return merged_RC
+        return by_matrix(lambda total_RC: self._flat(total_RC, ratio), total)
+
+    def _flat(self, total_RC: Tensor, ratio: float) -> Tensor:
+        U_RK, s_K, Vh_KC = leading_triplets(total_RC, min(total_RC.shape))
+        return U_RK @ Vh_KC * (level_of(s_K, self.level) * ratio * self.scale)
 
     def workspace(self) -> float:
         """A decomposition, its input and its workspace."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tasks.choice import require
 from tasks.mergers.base import Joint, Target
-from tasks.mergers.orthonormal import Level, Project, is_projected, leading_triplets, level_of, whiten
+from tasks.mergers.orthonormal import Level, Project, by_matrix, is_projected, leading_triplets, level_of, whiten
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class IsoCts(Joint):
     project: which parameters are treated as matrices; all others are averaged.
         matrices   everything with two dimensions, embeddings included (fusion_bench)
         linear     weights of linear layers
+        The experts of a layer, which are one tensor [E, R, C], are E matrices either way.
 
     Directions that the updates do not determine are left out; elsewhere fusion_bench 0.2.33 gives the same, except
     that it breaks where rounding gives the tasks more directions than there are.
@@ -61,8 +62,11 @@ class IsoCts(Joint):
             total = total + tau
         if not is_projected(total, target, self.project):
             return total * (self.scale / len(deltas))
-        common, each = _shares(min(total.shape), len(deltas), self.common_space_fraction)
-        U_RC, s_C, Vh_CC = leading_triplets(total, common)
+        return by_matrix(self._combined, total, *deltas)
+
+    def _combined(self, total_RC: Tensor, *deltas: Tensor) -> Tensor:
+        common, each = _shares(min(total_RC.shape), len(deltas), self.common_space_fraction)
+        U_RC, s_C, Vh_CC = leading_triplets(total_RC, common)
         frames = [(U_RC, s_C, Vh_CC)]
         for tau in deltas if each else ():
             own = tau - U_RC @ (U_RC.T @ tau)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from tasks.choice import require
+from tasks.kinds import is_expert_stack
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, squared_norm
+from tasks.mergers.orthonormal import by_matrix
 from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, thin_svd
 
 
@@ -47,6 +49,7 @@ class Opcm(Sequential):
                    have gone, <g, S> is no longer zero, and only the leading vectors are needed: the fast setting.
     project: which parameters are projected; all others are summed.
         linear     weights of linear layers, the head included      matrices   also 2-D embeddings
+        A tensor that holds the experts of a layer is a stack of matrices [E, R, C], and they are projected one by one.
     accumulate: dtype of the state and of the projection, whatever the dtype of the files.
 
     Published figures: the paper's tables come from the code of its own repository (tanganke/opcm, January 2025), which
@@ -79,7 +82,7 @@ class Opcm(Sequential):
         elif not power and self.variant != "reference":
             merged = state["sum"]
         elif self._projected(target, tau):
-            merged = state["sum"] + self._orthogonal(state["sum"], tau)
+            merged = by_matrix(self._orthogonal, state["sum"], tau).add_(state["sum"])
         elif self.variant == "reference" and target.role == "bare":
             merged = state["sum"] * facts["scale"]
         else:
@@ -98,7 +101,8 @@ class Opcm(Sequential):
 
     def _projected(self, target: Target, tau: Tensor) -> bool:
         roles = ("linear.weight",) if self.project == "linear" else ("linear.weight", "embedding.weight")
-        return target.role in roles and tau.ndim == 2
+        stack = is_expert_stack(target.name, target.role, tau.ndim) and tau.numel() > 0
+        return stack or (target.role in roles and tau.ndim == 2)
 
     def _orthogonal(self, merged_RC: Tensor, tau_RC: Tensor) -> Tensor:
         """g: the part of tau that is added. Wide matrices are turned: then U is the large factor, and V the small."""
@@ -115,7 +119,7 @@ class Opcm(Sequential):
                 rank = numerical_rank(found.s, *tall.shape)
         kept = tau_RC
         for left, right in (_cross if sided else _block)(found, tau, r, rank):
-            kept = kept - (right.T @ left.T if wide else left @ right)
+            kept = torch.addmm(kept, *((right.T, left.T) if wide else (left, right)), alpha=-1)
         return kept
 
 

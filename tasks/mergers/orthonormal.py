@@ -7,11 +7,13 @@ out of a decomposition as an arbitrary one. Nothing here lets such a direction i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tasks.kinds import is_expert_stack
 from tasks.mergers.base import Target
 from tasks.mergers.spectrum import thin_svd
 
@@ -20,9 +22,18 @@ Level = Literal["rms", "mean"]
 
 
 def is_projected(tensor: Tensor, target: Target, project: Project) -> bool:
-    """Whether `tensor` is treated as a matrix. An empty one is not: it has no directions."""
-    roles = project == "matrices" or target.role == "linear.weight"
-    return tensor.ndim == 2 and tensor.numel() > 0 and roles
+    """Whether `tensor` is treated as a matrix, or as a stack of them. An empty one is not: it has no directions."""
+    if not tensor.numel():
+        return False
+    wanted = project == "matrices" or target.role == "linear.weight"
+    return (tensor.ndim == 2 and wanted) or is_expert_stack(target.name, target.role, tensor.ndim)
+
+
+def by_matrix(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`work` on the matrices [R, C] that `tensors` are, or on those that they are stacks of, [E, R, C], one by one."""
+    if tensors[0].ndim == 2:
+        return work(*tensors)
+    return torch.stack([work(*matrices) for matrices in zip(*tensors, strict=True)])
 
 
 def leading_triplets(matrix_RC: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

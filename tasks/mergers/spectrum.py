@@ -40,8 +40,8 @@ def thin_svd(matrix_RC: Tensor) -> Thin:
     whatever the condition and the rank. Vectors of values that are zero or equal are some orthonormal basis.
 
     float32: if the spectrum is flat, as that of noise, triplets with s_i > s_0 / 6 from the Gram matrix in float32, and
-    the rest, which is narrow, by gesdd. Else, for R and C more than 30 % apart and a condition up to 1e4, all from the
-    Gram matrix in float64. Otherwise, and in float64 always (a Gram matrix keeps 1e-16 * condition^2 there):
+    the narrow rest in the same way again. Else, for R and C more than 30 % apart and a condition up to 1e4, all from
+    the Gram matrix in float64. Otherwise, and in float64 always (a Gram matrix keeps 1e-16 * condition^2 there):
     torch.linalg.svd of the tall side.
     """
     rows, columns = matrix_RC.shape
@@ -135,7 +135,7 @@ def _clear_and_rest(tall_MN: Tensor) -> Thin | None:
         return Thin(U, s, Vh)
     rest = tall_MN @ V_NN[:, clear:]
     rest = rest - U @ (U.T @ rest)
-    U_rest, s_rest, Vh_rest = torch.linalg.svd(rest, full_matrices=False)
+    U_rest, s_rest, Vh_rest = thin_svd(rest)
     if s_rest[-1] * _REST < s_N[0]:
         return None
     # where the two meet, rounding may have changed the order

@@ -99,18 +99,12 @@ class Ties(Sequential):
         return found if self.tie == "positive" else {**found, "majority": sign_of(sums["majority"])}
 
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
-        # products with signs and not `where`: these are vectorised, and exact all the same
-        sign = (state["positive"] + state["negative"]).sign()
+        sign = (state["positive"] + state["negative"]).sign_()
         tie = facts["majority"] if self.tie == "majority" else 1.0
-        up, down = sign.clamp(min=0), sign.clamp(max=0).neg_()
-        if tie > 0:
-            up = 1 - down
-        elif tie < 0:
-            down = 1 - up
         ends = ("highest", "lowest") if self.aggregate == "max" else ("positive", "negative")
-        chosen = (state[ends[0]] * up).add_(state[ends[1]] * down)
+        chosen = _elected(state[ends[0]], state[ends[1]], sign, tie)
         if self.aggregate == "mean":
-            count = (state["positive_count"] * up).add_(state["negative_count"] * down)
+            count = _elected(state["positive_count"], state["negative_count"], sign, tie)
             chosen /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # 0 of 0 agree: 0
         return chosen if self.scale == 1 else chosen * self.scale
 
@@ -136,6 +130,18 @@ def balance(elected: Tensor) -> float:
 
 def sign_of(number: float) -> float:
     return float((number > 0) - (number < 0))
+
+
+def _elected(up: Tensor, down: Tensor, sign: Tensor, tie: float) -> Tensor:
+    """Of every entry `up` where the sign is positive and `down` where it is negative; `tie` is the sign of zeros.
+
+    By products with signs and not `where`: these are vectorised, and exact all the same; so is `lerp` from end to end.
+    """
+    if tie > 0:
+        return torch.lerp(up, down, sign.clamp(max=0).neg_())
+    if tie < 0:
+        return torch.lerp(down, up, sign.clamp(min=0))
+    return (up * sign.clamp(min=0)).sub_(down * sign.clamp(max=0))
 
 
 def _count(sign: Tensor, weight: float) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor
 from storage.errors import InvalidInput
 from tasks.choice import require
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted
-from tasks.mergers.orthonormal import Project, is_projected, leading_triplets, whiten
+from tasks.mergers.orthonormal import Project, by_matrix, is_projected, leading_triplets, whiten
 
+_TRIPLET = ("u", "s", "vh")
 _SMALL = 64  # matrices of so few directions also keep their sum: models have some, and lines of more than 64 updates
 
 
@@ -32,6 +33,7 @@ class TsvM(Sequential):
     project: which parameters are treated as matrices; all others are averaged.
         matrices   everything with two dimensions, embeddings included (fusion_bench)
         linear     weights of linear layers
+        The experts of a layer, which are one tensor [E, R, C], are E matrices either way.
     accumulate: dtype of the state, whatever the dtype of the files.
 
     A singular value that is numerically zero brings no direction with it. So an update that leaves a tensor as it was
@@ -58,7 +60,8 @@ class TsvM(Sequential):
     def fold(
         self, state: Parts | None, delta: Tensor, target: Target, facts: Facts, survey: Facts
     ) -> tuple[Parts, Sums]:
-        """Parts: `u` [R, Tq], `s` [Tq], `vh` [Tq, C], tasks in order of merging; `sum` where a mean may be needed.
+        """Parts: `u` [R, Tq], `s` [Tq], `vh` [Tq, C], tasks in order of merging; `sum` where a mean may be needed. Of
+        a stack of E matrices these are stacks.
 
         Raises InvalidInput for the (k + 1)-th update of a matrix with k > 64 directions.
         """
@@ -66,7 +69,7 @@ class TsvM(Sequential):
         parts: Parts = {}
         averaged = True
         if is_projected(tau, target, self.project):
-            directions = min(tau.shape)
+            directions = min(tau.shape[-2:])
             averaged = directions <= _SMALL
             share = directions // int(counted(facts))
             if share == 0 and not averaged:
@@ -80,8 +83,10 @@ class TsvM(Sequential):
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         if "s" not in state:
             return state["sum"] * (self.scale / facts["count"])
-        merged_RC: Tensor = (whiten(state["u"]) * (state["s"] * self.scale)) @ whiten(state["vh"])
-        return merged_RC
+        return by_matrix(self._merged, state["u"], state["s"], state["vh"])
+
+    def _merged(self, u_RN: Tensor, s_N: Tensor, vh_NC: Tensor) -> Tensor:
+        return (whiten(u_RN) * (s_N * self.scale)) @ whiten(vh_NC)
 
     def workspace(self) -> float:
         """A decomposition, its input and its workspace, and the state before and after."""
@@ -90,6 +95,10 @@ class TsvM(Sequential):
 
 def _with_newcomer(state: Parts | None, tau_RC: Tensor, tasks: int, share: int) -> Parts:
     """The first `share` triplets of each task: of `tasks` in the state, which lie in blocks, and of the newcomer."""
+    if tau_RC.ndim == 3:  # a stack: matrix by matrix
+        held = [None if state is None else {key: state[key][one] for key in _TRIPLET} for one in range(len(tau_RC))]
+        found = [_with_newcomer(one, tau, tasks, share) for one, tau in zip(held, tau_RC, strict=True)]
+        return {key: torch.stack([one[key] for one in found]) for key in _TRIPLET}
     u_RN, s_N, vh_NC = leading_triplets(tau_RC, share)
     if state is None:
         return {"u": u_RN, "s": s_N, "vh": vh_NC}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,22 @@ class Score:
     low: float
     high: float
     outcomes: tuple[float, ...] = ()
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """What answering by a suite's head needs, of inputs without labels."""
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        """Of the logits, in order; their numbers if they have none."""
+        ...
+
+    def read(self, inputs: Sequence[Any]) -> Batch:
+        """A batch of inputs as rows of the data have them. Raises InvalidInput for what is none."""
+        ...
+
+    def wrap(self, backbone: PreTrainedModel) -> nn.Module: ...
 
 
 class Trainable(Protocol):

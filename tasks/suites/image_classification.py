@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +97,25 @@ class ImageProblem:
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = torch.tensor([self._labels.number(self._column(row, self._suite.label)) for row in rows])
         return {"pixel_values": self._stacked(rows), "labels": labels}
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        return self._labels.shown
+
+    def read(self, inputs: Sequence[Any]) -> Batch:
+        """Pixel values [C, H, W] as the model takes them, or images: PIL, or encoded as bytes."""
+        return {"pixel_values": torch.stack([self._given(one, number) for number, one in enumerate(inputs)])}
+
+    def _given(self, one: Any, number: int) -> Tensor:
+        if hasattr(one, "convert") or isinstance(one, bytes):
+            return self._pixels({self._suite.image: one})
+        try:
+            pixels = torch.as_tensor(one, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInput(f"row {number}: expected pixel values [C, H, W] or an image: {error}") from error
+        if pixels.ndim != 3:
+            raise InvalidInput(f"row {number}: expected pixel values [C, H, W], found {list(pixels.shape)}")
+        return pixels
 
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ class Labels:
 
     classes: int
     names: ClassNames = None
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The names, or the numbers as text."""
+        return self.names or [str(number) for number in range(self.classes)]
 
     def number(self, value: Any, where: str = "a label of the data") -> int:
         """Raises Mismatch for what is no class."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +99,21 @@ class TextProblem:
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = torch.tensor([self._labels.number(row[self._suite.label]) for row in rows])
         return {**self._reader.read([self._texts(row) for row in rows]), "labels": labels}
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        return self._labels.shown
+
+    def read(self, inputs: Sequence[Any]) -> Batch:
+        """Texts, or pairs of them where the suite has pairs."""
+        return self._reader.read([self._given(one, number) for number, one in enumerate(inputs)])
+
+    def _given(self, one: Any, number: int) -> tuple[str, ...]:
+        columns = ("text", "pair") if self._suite.pair else ("text",)
+        texts = (one,) if isinstance(one, str) else tuple(one) if isinstance(one, (list, tuple)) else ()
+        if len(texts) != len(columns) or not all(isinstance(text, str) for text in texts):
+            raise InvalidInput(f"row {number}: expected {' and '.join(columns)}, found {repr(one)[:SHOWN]}")
+        return texts
 
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import numpy
@@ -23,18 +23,30 @@ from mlflow.tracking import MlflowClient
 from flows.chain import chain
 from flows.servers import LOOPBACK, free_port
 from flows.workplace import here
+from storage.address import open_objects
 from storage.artifacts import ArtifactStore
 from storage.directory import DirectoryObjects
 from storage.errors import InvalidInput
 from storage.refs import CheckpointRef
 from storage.registry_pyfunc import folder_of
 from tasks.checkpoints import load_model
-from tasks.serving import LOADER, SETTINGS
+from tasks.data import Jsonl
+from tasks.evaluate import evaluate, leading
+from tasks.serving import LOADER, PARAMETERS, SETTINGS
+from tasks.suites import TextClassification
+from tasks.suites.heads import LabelText
 from tests.builders import ingested, tiny_model
 from tests.flows.test_gated_chain import gated
 from tests.tasks.tiny_tokenizer import save_tokenizer
 
 TEXTS = ["one cat is red", "2 plus 3 is", "a photo of a dog"]
+
+
+class Asked(NamedTuple):
+    """A task as far as evaluation is concerned."""
+
+    name: str
+    suite: Any
 
 
 @pytest.fixture
@@ -49,7 +61,8 @@ def stored(architecture: str, folder: Path, store: ArtifactStore) -> CheckpointR
 
 def loaded(model: CheckpointRef, store: ArtifactStore, folder: Path, **settings: Any) -> Any:
     folder.mkdir()
-    for name, content in folder_of(model, store.url, LOADER, SETTINGS).items():
+    scores = settings.pop("scores", None)
+    for name, content in folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores).items():
         (folder / name).write_bytes(content)
     return mlflow.pyfunc.load_model(str(folder), model_config=settings or None)
 
@@ -69,13 +82,21 @@ def test_the_champion_of_a_chain_is_loaded_from_the_store(monkeypatch: pytest.Mo
     with torch.no_grad():
         expected = backbone(pixel_values=torch.from_numpy(pixels)).last_hidden_state.mean(dim=1)
     torch.testing.assert_close(torch.from_numpy(served.predict(pixels)), expected)
+    told = leading(here().store.open(step.scores))
+    for task in config.tasks[: len(told)]:
+        rows = task.suite.open(here().store.open(step.entry.base, "checkpoint")).rows("test")
+        found = served.predict([rows[n]["pixel_values"].numpy() for n in range(len(rows))], params={"task": task.name})
+        right = [one["label"] == str(int(rows[n]["label"])) for n, one in enumerate(found)]
+        assert sum(right) / len(right) == pytest.approx(told[task.name], abs=1e-12), "what the version's scores say"
+    with pytest.raises(InvalidInput, match=r"no task 'none'.*measured on invert, permute, rot90"):
+        served.predict(pixels, params={"task": "none"})
     version = MlflowClient(tracking).get_model_version_by_alias(line.name, "champion")
     assert version.tags["weights"] == here().store.address(step.model)
     assert step.model in here().registry.refs()
     files = {one.path: one.file_size for one in list_artifacts(version.source)}
     files.pop("model/registered_model_meta", None)  # MLflow notes there which version it loaded
     assert set(files) == {"model/MLmodel", "model/weights.json"}
-    assert sum(files.values()) < 2000, "no weights"
+    assert sum(files.values()) < 3000, "no weights"
 
 
 def test_a_classifier_gives_labels_and_probabilities(tmp_path: Path, store: ArtifactStore) -> None:
@@ -90,6 +111,47 @@ def test_a_classifier_gives_labels_and_probabilities(tmp_path: Path, store: Arti
         served.predict(["a cat", 3])
     with pytest.raises(InvalidInput, match="table of 2 columns"):
         served.predict(pandas.DataFrame({"text": TEXTS, "other": TEXTS}))
+
+
+def test_a_classifier_of_images_gives_labels(tmp_path: Path, store: ArtifactStore) -> None:
+    model = stored("ViTForImageClassification", tmp_path / "vit", store)
+    size = json.loads(store.open(model).asset("config.json"))
+    shape = (3, size["num_channels"], size["image_size"], size["image_size"])
+    pixels = numpy.random.default_rng(0).random(shape, dtype=numpy.float32)
+    served = loaded(model, store, tmp_path / "model")
+    found = served.predict(pixels)
+    backbone: Any = load_model(store.open(model, "checkpoint"))
+    with torch.no_grad():
+        expected = backbone(pixel_values=torch.from_numpy(pixels)).logits.argmax(dim=1).tolist()
+    assert [one["label"] for one in found] == [f"LABEL_{number}" for number in expected]
+    with pytest.raises(InvalidInput, match="not measured on any"):
+        served.predict(pixels, params={"task": "rot90"})
+
+
+def test_a_head_that_a_suite_makes_answers_for_its_task(tmp_path: Path, store: ArtifactStore) -> None:
+    """Zero-shot vectors of label names, and pairs of texts; from the server's JSON these are lists."""
+    model = stored("BertForMaskedLM", tmp_path / "bert", store)
+    rows = [{"a": text, "b": TEXTS[0], "label": ("cat", "dog")[n % 2]} for n, text in enumerate(TEXTS * 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Jsonl(train=(str(tmp_path / "rows.jsonl"),), test=(str(tmp_path / "rows.jsonl"),))
+    suite = TextClassification(data, LabelText(), text="a", pair="b", labels=("cat", "dog"))
+    scores = evaluate(model, [Asked("pets", suite)], store)
+    served = loaded(model, store, tmp_path / "model", scores=scores, task="pets")
+    found = served.predict([[row["a"], row["b"]] for row in rows])
+    assert list(found[0]["scores"]) == ["cat", "dog"]
+    right = [one["label"] == row["label"] for one, row in zip(found, rows, strict=True)]
+    assert sum(right) / len(right) == leading(store.open(scores))["pets"]
+    with pytest.raises(InvalidInput, match="row 0: expected text and pair, found 'one cat is red'"):
+        served.predict(TEXTS)
+
+
+def test_weights_come_from_s3(tmp_path: Path, s3_url: str, s3_environment: dict[str, str]) -> None:
+    store = ArtifactStore(open_objects(s3_url))
+    model = stored("BertForMaskedLM", tmp_path / "bert", store)
+    found = loaded(model, store, tmp_path / "model").predict(TEXTS)
+    assert found.shape == (3, 32)
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "model").iterdir())
+    assert s3_url.encode() in kept and s3_environment["AWS_SECRET_ACCESS_KEY"].encode() not in kept
 
 
 def test_a_language_model_writes_on(tmp_path: Path, store: ArtifactStore) -> None:
@@ -126,6 +188,10 @@ def test_mlflow_serves_the_champion(home: Path, monkeypatch: pytest.MonkeyPatch)
         answer = requests.post(f"{url}/invocations", json={"inputs": pixels.tolist()}, timeout=60)
         assert answer.status_code == 200, answer.text
         found = numpy.array(json.loads(answer.text)["predictions"], dtype=numpy.float32)
+        wrong = requests.post(f"{url}/invocations", json={"inputs": [[0.5]]}, timeout=60)
+        assert wrong.status_code == 400 and "expected pixel values [B, C, H, W]" in wrong.json()["message"]
+        asked = {"inputs": pixels.tolist(), "params": {"task": "none"}}
+        assert "no task 'none'" in requests.post(f"{url}/invocations", json=asked, timeout=60).json()["message"]
         expected = mlflow.pyfunc.load_model(f"models:/{line.name}@champion").predict(pixels)
         numpy.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     finally:

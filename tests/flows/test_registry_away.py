@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from flows import policy, progress
 from flows.chain import chain
+from flows.launch import launch
 from flows.service import merge_pending
 from flows.workplace import here
 from storage.errors import Unavailable
@@ -46,6 +49,28 @@ def test_a_chain_registers_on_the_next_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert [step.version.version for step in line.steps] == [1, 2, 3]
     again = [label for label in watcher.labels[before:] if "evaluate" in label]
     assert evaluated and not set(again) & set(evaluated), "nothing is evaluated twice"
+
+
+def test_a_chain_without_its_summary_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow goes away after the last version."""
+    monkeypatch.setattr(policy, "RETRY_DELAYS", [])
+    config = gated(of_alone=None)
+    chain(config)
+    database = home / "mlflow.db"
+    database.rename(home / "aside.db")
+    database.mkdir()
+    said = StringIO()
+    assert launch(config, here(), Console(file=said, width=200), quiet=True).best.last.version.version == 3
+    assert "note: the run with the summary is not in MLflow: " in said.getvalue()
+    database.rmdir()
+    (home / "aside.db").rename(database)
+    said = StringIO()
+    launch(config, here(), Console(file=said, width=200), quiet=True)
+    assert "note" not in said.getvalue()
+    client = MlflowClient(here().settings.tracking)
+    experiment = client.get_experiment_by_name(config.name)
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id], "attributes.run_name = 'gated: summary'")) == 1
 
 
 @pytest.mark.usefixtures("away")
