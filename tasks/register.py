@@ -19,7 +19,7 @@ from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
 from tasks.lineage.versions import COST, MEASURED
-from tasks.serving import LOADER, PARAMETERS, SETTINGS
+from tasks.serving import LOADER, PARAMETERS, SETTINGS, rows_of
 from tasks.surroundings import surroundings
 
 
@@ -88,7 +88,8 @@ def register(
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
     described = _describe(entries, summary, verdict, left_out)
-    folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores)
+    rows = rows_of(store.open(model, "checkpoint"))
+    folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores, rows)
     made = registry.register(
         experiment, key, step, stages, store.address(model), described, left_out=left_out, folder=folder
     )
