@@ -21,7 +21,7 @@ from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
 from tasks.lineage.versions import ABLE, COST, MEASURED
-from tasks.serving import LOADER, PARAMETERS, SETTINGS
+from tasks.serving import LOADER, PARAMETERS, SETTINGS, rows_of
 from tasks.surroundings import surroundings
 
 
@@ -94,7 +94,8 @@ def register(
     key = step_key(store, line, entries, left_out)
     before = LineVersions(registry, line).one(str(parent)) if parent else None
     described = describe(line, entries, scores, summary, verdict, left_out, before, store)
-    folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores)
+    rows = rows_of(store.open(model, "checkpoint"))
+    folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores, rows)
     made = registry.register(
         experiment, key, step, stages, store.address(model), described, left_out=left_out, folder=folder
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +12,14 @@ from torch.nn import functional
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
-from tasks.checkpoints import assets_folder, load_model
+from tasks.checkpoints import load_model
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.accuracy import accuracy_of
 from tasks.suites.base import Batch, Score, batches, first
 from tasks.suites.features import Features
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
+from tasks.suites.images import ImageReader
 from tasks.suites.labels import Labels, require_columns
 from tasks.suites.means import class_means, kept_means
 
@@ -77,7 +77,7 @@ class ImageProblem:
     def __init__(self, suite: ImageClassification, base: Artifact) -> None:
         self._suite = suite
         self._base = base
-        self._processor: Any = None
+        self._reader = ImageReader(base)
         self._head: CosineHead | None = None
         self.shared = Features()
         self._names = suite.data.class_names(suite.label)
@@ -103,19 +103,8 @@ class ImageProblem:
         return self._labels.shown
 
     def read(self, inputs: Sequence[Any]) -> Batch:
-        """Pixel values [C, H, W] as the model takes them, or images: PIL, or encoded as bytes."""
-        return {"pixel_values": torch.stack([self._given(one, number) for number, one in enumerate(inputs)])}
-
-    def _given(self, one: Any, number: int) -> Tensor:
-        if hasattr(one, "convert") or isinstance(one, bytes):
-            return self._pixels({self._suite.image: one})
-        try:
-            pixels = torch.as_tensor(one, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInput(f"row {number}: expected pixel values [C, H, W] or an image: {error}") from error
-        if pixels.ndim != 3:
-            raise InvalidInput(f"row {number}: expected pixel values [C, H, W], found {list(pixels.shape)}")
-        return pixels
+        """Pixel values [C, H, W] as the model takes them, or images: PIL, encoded as bytes, or these in base64."""
+        return {"pixel_values": self._reader.read(inputs)}
 
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])
@@ -177,19 +166,12 @@ class ImageProblem:
         if isinstance(ready, Tensor):
             return ready
         image = self._column(row, self._suite.image)
-        if isinstance(image, dict):  # how Parquet files of image data sets store them
-            image = image["bytes"]
-        if isinstance(image, bytes):
-            from PIL import Image
-
-            image = Image.open(io.BytesIO(image))
         if isinstance(image, list):
             config = self._model_config()
             return torch.tensor(image, dtype=torch.float32).reshape(
                 config["num_channels"], config["image_size"], config["image_size"]
             )
-        pixels: Tensor = self._load_processor()(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return pixels
+        return self._reader.processed(image)
 
     def _column(self, row: dict[str, Any], column: str) -> Any:
         if column not in row:
@@ -201,17 +183,3 @@ class ImageProblem:
 
         found: dict[str, Any] = json.loads(self._base.asset("config.json"))
         return found
-
-    def _load_processor(self) -> Any:
-        if self._processor is None:
-            with assets_folder(self._base) as folder:
-                try:
-                    from transformers import AutoImageProcessor
-
-                    self._processor = AutoImageProcessor.from_pretrained(folder)
-                except (OSError, ValueError) as error:
-                    raise InvalidInput(
-                        "the base has no image processor (preprocessor_config.json), but the data has images",
-                        remedy="Ingest the base from a folder that has one, or give pixels as lists of numbers",
-                    ) from error
-        return self._processor
