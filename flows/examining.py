@@ -29,12 +29,14 @@ PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was ju
 
 @dataclass(frozen=True)
 class Examined:
-    """What a merge came to. `verdict` is None without a gate."""
+    """What a merge came to. `verdict` is None without a gate. `measured`: scores of the base, if it was held against
+    that."""
 
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     verdict: Verdict | None
+    measured: tuple[ScoresRef, ...] = ()
 
     @property
     def noted(self) -> tuple[str, str]:
@@ -79,21 +81,26 @@ class Examiner:
         scores, standing = self._standing(merged.task, model, merged.base)
         values = list(standing.scores.values())
         summary = Summary(fmean(values), min(values), None, None, None, standing.retained)
-        verdict = None
-        if self._exam.gate is not None:
-            verdict = judge(self._exam.gate, standing, self._champion(before, merged), {})
-        return Examined(model, scores, summary, verdict)
+        if self._exam.gate is None:
+            return Examined(model, scores, summary, None)
+        against = self._against(before)
+        if against is None:
+            at_base, champion = self._standing("the base", merged.base, merged.base)
+            return Examined(model, scores, summary, judge(self._exam.gate, standing, champion, {}), (at_base,))
+        reached = self._champion(against, merged.base)
+        return Examined(model, scores, summary, judge(self._exam.gate, standing, reached, {}))
 
-    def _champion(self, before: Sequence[Entry], merged: Entry) -> Standing | None:
-        """What the model reaches that a merge is held against; None if its state was removed from the store."""
+    def _against(self, before: Sequence[Entry]) -> Entry | None:
+        """The merge whose model the next one is held against; None for the base."""
         passed = {one.entry for one in self._queue.submissions() if one.state == "merged" and one.kind == PASSED}
         champion = next((one for one in reversed(before) if one.number in passed and one.action == "fold"), None)
-        against = champion or (before[-1] if before else None)
-        if against is None:
-            return self._standing("the base", merged.base, merged.base)[1]
+        return champion or (before[-1] if before else None)
+
+    def _champion(self, against: Entry, base: CheckpointRef) -> Standing | None:
+        """What its model reaches; None if its state was removed from the store."""
         if against.state is None or not here().store.has(against.state):
             return None
-        return self._standing(f"{against.task}, the champion", written(self._line, against), merged.base)[1]
+        return self._standing(f"{against.task}, the champion", written(self._line, against), base)[1]
 
     def _standing(self, name: str, model: CheckpointRef, base: CheckpointRef) -> tuple[ScoresRef, Standing]:
         scores = run_now(steps.evaluate, f"{self._line}: evaluate {name}", model, list(self._exam.suites), base)
@@ -134,7 +141,7 @@ def register_examined(
     if found is None:
         inputs: tuple[Any, ...] = (written(line, last),)
     else:
-        inputs = (found.model, found.scores, found.summary, found.verdict, left_out)
+        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, found.measured)
     label = f"{line}: register {last.task}"
     with kept(line, repr(last.task)):
         version: ModelVersion = run_now(steps.register, label, line, line, list(entries), *inputs)

@@ -24,6 +24,7 @@ class Scored:
     def __init__(self, store: ArtifactStore, scores: Iterable[str], of: Mapping[str, str] | None = None) -> None:
         """`scores`: refs whose manifests say what they are of; `of`: model -> its scores, where that is known."""
         self._store = store
+        self._named = dict(of or {})
         self._found: dict[str, list[str]] = {model: [ref] for model, ref in (of or {}).items()}
         for ref in scores:
             model = self._model(ref)
@@ -43,6 +44,10 @@ class Scored:
             for task, row in rows.items():
                 found.setdefault(task, row)
         return found
+
+    def asked(self, model: str) -> dict[str, ScoreRow]:
+        """What the evaluation gave that the version of a model names."""
+        return self._rows(self._named[model]) if model in self._named else {}
 
     def leading(self, model: str) -> dict[str, float]:
         return {task: row.value for task, row in self.rows(model).items()}
@@ -94,18 +99,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy matrix: `rows` by step, `tasks` in the order of merging. `base` and `alone`: what the base and each
-    task's own model reach."""
+    """The accuracy matrix: `rows` by step, `tasks` in the order of merging, then `suites`, which the exam of the line
+    asks of every merge. `base` and `alone`: what the base and each task's own model reach."""
 
     tasks: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     base: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, float] = field(default_factory=dict)
+    suites: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that was asked."""
+        return (*self.tasks, *self.suites)
 
     @property
     def base_average(self) -> float | None:
-        found = [self.base[task] for task in self.tasks if task in self.base]
-        return sum(found) / len(found) if found and len(found) == len(self.tasks) else None
+        found = [self.base[task] for task in self.columns if task in self.base]
+        return sum(found) / len(found) if found and len(found) == len(self.columns) else None
 
     def figures(self, entry: Entry) -> dict[str, float | None]:
         """Key figures of the model after an entry."""
@@ -138,15 +149,19 @@ def accuracy_of(
         seen = list(dict.fromkeys(task_of(one.task) for one, _ in steps[:number]))
         found = scored.rows(model) if model else {}
         scores = {task: found[task] for task in seen if task in found}
-        rows.append(Row(entry.step, entry.task, scores))
+        asked = scored.asked(model) if model else {}
+        exam = {name: row for name, row in asked.items() if name not in tasks}
+        rows.append(Row(entry.step, entry.task, {**scores, **exam}))
     measured = {task for row in rows for task in row.scores}
+    suites = dict.fromkeys(name for row in rows[-newest:] for name in row.scores if name not in tasks)
     before = scored.leading(base)
     kept = {task_of(entry.task) for entry, _ in steps[-newest:]}
     return Accuracy(
         tuple(task for task in tasks if task in kept and (task in measured or task in alone)),
         tuple(_summarised(rows, alone, newest)),
-        {task: before[task] for task in tasks if task in before},
+        {task: before[task] for task in (*tasks, *suites) if task in before},
         alone,
+        tuple(suites),
     )
 
 
@@ -157,8 +172,8 @@ def _summarised(rows: Sequence[Row], alone: Mapping[str, float], newest: int) ->
     whole, merged = True, set[str]()
     for number, row in enumerate(rows, 1):
         merged.add(task_of(row.merged))
-        whole = whole and merged == set(row.scores)
-        matrix.append({task: one.value for task, one in row.scores.items()})
+        whole = whole and merged <= set(row.scores)
+        matrix.append({task: one.value for task, one in row.scores.items() if task in merged})
         if number > len(rows) - newest:
             found.append(replace(row, summary=summarise(matrix, alone)) if whole else row)
     return found

@@ -80,11 +80,11 @@ def entries_of(version: LineVersion, versions: Sequence[LineVersion], journal: S
     return [*before, _entry(version, number)]
 
 
-def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore) -> Scored:
-    """The scores that versions name."""
+def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore, everything: bool = False) -> Scored:
+    """The scores that versions name; or these and all others of the store, which is one read for each."""
     of = {one.tags["model"]: one.tags["scores"] for one in versions if "scores" in one.tags and "model" in one.tags}
     named = dict.fromkeys(ref for one in versions for ref in one.tags.get(MEASURED, "").split())
-    return Scored(store, named, of)
+    return Scored(store, store.refs("scores") if everything else named, of)
 
 
 def costs_of(versions: Sequence[LineVersion]) -> dict[str, dict[str, Any]]:
