@@ -7,7 +7,7 @@ is held against what the line was without it: the model before it, or the base.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -31,13 +31,14 @@ PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was ju
 @dataclass(frozen=True)
 class Examined:
     """What a merge came to. `verdict` is None without a gate. `able`: scores of the base and of the model on what the
-    base can do, if the exam asks for that."""
+    base can do, if the exam asks for that; `measured`: of the base on the exam, if the merge was held against it."""
 
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     verdict: Verdict | None
     able: tuple[ScoresRef, ...] = ()
+    measured: tuple[ScoresRef, ...] = ()
 
     @property
     def noted(self) -> tuple[str, str]:
@@ -85,21 +86,26 @@ class Examiner:
         summary = Summary(fmean(values), min(values), None, None, None)
         able = tuple(self._able[one] for one in (merged.base, model)) if self._exam.retained else ()
         summary = with_abilities(summary, standing.abilities, self._left("the base", merged.base, merged.base))
-        verdict = None
-        if self._exam.gate is not None:
-            verdict = judge(self._exam.gate, standing, self._champion(before, merged), {})
-        return Examined(model, scores, summary, verdict, able)
+        found = Examined(model, scores, summary, None, able)
+        if self._exam.gate is None:
+            return found
+        against = self._against(before)
+        if against is None:
+            at_base, champion = self._standing("the base", merged.base, merged.base)
+            return replace(found, verdict=judge(self._exam.gate, standing, champion, {}), measured=(at_base,))
+        return replace(found, verdict=judge(self._exam.gate, standing, self._champion(against, merged.base), {}))
 
-    def _champion(self, before: Sequence[Entry], merged: Entry) -> Standing | None:
-        """What the model reaches that a merge is held against; None if its state was removed from the store."""
+    def _against(self, before: Sequence[Entry]) -> Entry | None:
+        """The merge whose model the next one is held against; None for the base."""
         passed = {one.entry for one in self._queue.submissions() if one.state == "merged" and one.kind == PASSED}
         champion = next((one for one in reversed(before) if one.number in passed and self._is_entry(one)), None)
-        against = champion or (before[-1] if before else None)
-        if against is None:
-            return self._standing("the base", merged.base, merged.base)[1]
+        return champion or (before[-1] if before else None)
+
+    def _champion(self, against: Entry, base: CheckpointRef) -> Standing | None:
+        """What its model reaches; None if its state was removed from the store."""
         if against.state is None or not here().store.has(against.state):
             return None
-        return self._standing(f"{against.task}, the champion", written(self.line, against), merged.base)[1]
+        return self._standing(f"{against.task}, the champion", written(self.line, against), base)[1]
 
     def _is_entry(self, step: Entry) -> bool:
         """Whether it is an entry of the journal, and not one of those that a rebuild merged again."""
@@ -144,7 +150,7 @@ def register_examined(
     if found is None:
         inputs: tuple[Any, ...] = (written(line, last),)
     else:
-        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, (), found.able)
+        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, found.measured, found.able)
     label = f"{line}: register {last.task}"
     with kept(line, repr(last.task)):
         version: ModelVersion = run_now(steps.register, label, line, line, list(entries), *inputs)

@@ -104,8 +104,7 @@ def _found(text: str, place: Workplace) -> tuple[Lineage, str]:
     """The lineage of what was named, and the sentences that the registry has of it."""
     from storage.lines import Line
     from storage.registry_lines import LineVersions, named_version
-    from tasks.lineage.scored import Scored
-    from tasks.lineage.versions import MEASURED, version_lineage
+    from tasks.lineage.versions import MEASURED, registered_scores, version_lineage
 
     name, which = named_version(text)
     store = place.store
@@ -126,7 +125,7 @@ def _found(text: str, place: Workplace) -> tuple[Lineage, str]:
         errors.print(f"note: {one} was made in {made_in}, which is not this store, {store.url}", markup=False)
     pages: Mapping[int, Mapping[str, str]] = {each.number: versions.stage_pages(each) for each in all_of_it}
     # versions that were registered before they said where the scores beside them are
-    scored = None if all(MEASURED in each.tags for each in all_of_it) else Scored.everything(store)
+    scored = registered_scores(all_of_it, store, everything=not all(MEASURED in each.tags for each in all_of_it))
     return version_lineage(one, all_of_it, journal, store, pages, scored), one.description
 
 

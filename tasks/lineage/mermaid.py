@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from urllib.parse import quote
 
 from tasks.lineage import words
 from tasks.lineage.nodes import KINDS, Kind, Lineage, Node
@@ -37,7 +38,7 @@ def _lines(lineage: Lineage) -> Iterator[str]:
     for node in lineage.nodes:
         page = next(iter(links(node).values()), None)
         if page:
-            yield f'  click {names[node.id]} href "{_quoted(page)}" _blank'
+            yield f'  click {names[node.id]} href "{_address(page)}" _blank'
     for kind in KINDS:
         if lineage.of_kind(kind):
             yield f"  classDef {kind} stroke:{_COLOURS[kind]},stroke-width:2px"
@@ -55,3 +56,8 @@ def _quoted(text: str) -> str:
     """Inside double quotes Mermaid knows numbered entities, and nothing else ends the text or is read as HTML."""
     plain = " ".join(text.split())
     return "".join(one if one.isalnum() or one in " .,:/%@+-_()=×…" else f"#{ord(one)};" for one in plain)
+
+
+def _address(page: str) -> str:
+    """Inside the quotes of a link Mermaid decodes no entities: what could end them is written as addresses write it."""
+    return quote(page, safe=":/?#[]@!$&'()*+,=%~")

@@ -101,10 +101,10 @@ def embedded(value: Any) -> Markup:
 def accuracy_heat(lineage: Lineage) -> Heat | None:
     """R: a row per task, a column per step, with the base and each task's own model before them."""
     accuracy = lineage.accuracy
-    if not accuracy.rows or not accuracy.tasks:
+    if not accuracy.rows or not accuracy.columns:
         return None
     rows: list[tuple[str, Sequence[Cell]]] = []
-    for task in accuracy.tasks:
+    for task in accuracy.columns:
         cells = [_score(accuracy.base.get(task)), _score(accuracy.alone.get(task))]
         for row in accuracy.rows:
             found = row.scores.get(task)

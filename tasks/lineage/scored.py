@@ -24,6 +24,7 @@ class Scored:
     def __init__(self, store: ArtifactStore, scores: Iterable[str], of: Mapping[str, str] | None = None) -> None:
         """`scores`: refs whose manifests say what they are of; `of`: model -> its scores, where that is known."""
         self._store = store
+        self._named = dict(of or {})
         self._found: dict[str, list[str]] = {model: [ref] for model, ref in (of or {}).items()}
         for ref in scores:
             model = self._model(ref)
@@ -43,6 +44,10 @@ class Scored:
             for task, row in rows.items():
                 found.setdefault(task, row)
         return found
+
+    def asked(self, model: str) -> dict[str, ScoreRow]:
+        """What the evaluation gave that the version of a model names."""
+        return self._rows(self._named[model]) if model in self._named else {}
 
     def leading(self, model: str) -> dict[str, float]:
         return {task: row.value for task, row in self.rows(model).items()}
@@ -107,19 +112,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy matrix: `rows` by step, `tasks` in the order of merging. `base` and `alone`: what the base and each
-    task's own model reach. `able`: what the base reaches on what it can do."""
+    """The accuracy matrix: `rows` by step, `tasks` in the order of merging, then `suites`, which the exam of the line
+    asks of every merge. `base` and `alone`: what the base and each task's own model reach. `able`: what the base
+    reaches on what it can do."""
 
     tasks: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     base: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, float] = field(default_factory=dict)
     able: Mapping[str, float] = field(default_factory=dict)
+    suites: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that was asked."""
+        return (*self.tasks, *self.suites)
 
     @property
     def base_average(self) -> float | None:
-        found = [self.base[task] for task in self.tasks if task in self.base]
-        return sum(found) / len(found) if found and len(found) == len(self.tasks) else None
+        found = [self.base[task] for task in self.columns if task in self.base]
+        return sum(found) / len(found) if found and len(found) == len(self.columns) else None
 
     def figures(self, entry: Entry) -> dict[str, float | None]:
         """Key figures of the model after an entry."""
@@ -162,18 +174,22 @@ def accuracy_of(
         seen = list(dict.fromkeys(task_of(one.task) for one, _ in steps[:number]))
         found = scored.rows(model) if model else {}
         scores = {task: found[task] for task in seen if task in found}
+        asked = scored.asked(model) if model else {}
+        exam = {name: row for name, row in asked.items() if name not in tasks}
         left = able.leading(model) if able and model else {}
         kept_of_them = {name: left[name] for name in abilities} if abilities.keys() <= left.keys() else {}
-        rows.append(Row(entry.step, entry.task, scores, able=kept_of_them))
+        rows.append(Row(entry.step, entry.task, {**scores, **exam}, able=kept_of_them))
     measured = {task for row in rows for task in row.scores}
+    suites = dict.fromkeys(name for row in rows[-newest:] for name in row.scores if name not in tasks)
     unmet = scored.leading(base)
     kept = {task_of(entry.task) for entry, _ in steps[-newest:]}
     return Accuracy(
         tuple(task for task in tasks if task in kept and (task in measured or task in alone)),
         tuple(_summarised(rows, alone, _ahead(steps, scored), Accuracy(base=unmet, able=abilities), newest)),
-        {task: unmet[task] for task in tasks if task in unmet},
+        {task: unmet[task] for task in (*tasks, *suites) if task in unmet},
         alone,
         abilities,
+        tuple(suites),
     )
 
 
@@ -198,8 +214,8 @@ def _summarised(
     whole, merged = True, set[str]()
     for number, row in enumerate(rows, 1):
         merged.add(task_of(row.merged))
-        whole = whole and merged == set(row.scores)
-        matrix.append({task: one.value for task, one in row.scores.items()})
+        whole = whole and merged <= set(row.scores)
+        matrix.append({task: one.value for task, one in row.scores.items() if task in merged})
         if number > len(rows) - newest:
             said = with_abilities(summarise(matrix, alone, ahead, base.base), row.able, base.able) if whole else None
             found.append(replace(row, summary=said))

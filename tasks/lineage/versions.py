@@ -83,10 +83,10 @@ def entries_of(version: LineVersion, versions: Sequence[LineVersion], journal: S
     return [*before, _entry(version, number)]
 
 
-def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore) -> Scored:
-    """The scores that versions name."""
+def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore, everything: bool = False) -> Scored:
+    """The scores that versions name; or these and all others of the store, which is one read for each."""
     of = {one.tags["model"]: one.tags["scores"] for one in versions if "scores" in one.tags and "model" in one.tags}
-    return Scored(store, _named(versions, MEASURED), of)
+    return Scored(store, store.refs("scores") if everything else _named(versions, MEASURED), of)
 
 
 def _named(versions: Sequence[LineVersion], tag: str) -> list[str]:

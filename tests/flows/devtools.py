@@ -97,6 +97,10 @@ class Page:
             time.sleep(0.2)
         raise AssertionError(f"no frame of the page holds {holding!r}")
 
+    def tabs(self) -> int:
+        """Pages that are open in the browser."""
+        return sum(one["type"] == "page" for one in self.call("Target.getTargets")["targetInfos"])
+
     def shot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 

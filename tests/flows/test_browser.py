@@ -7,6 +7,7 @@ pictures of what was seen.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,14 @@ from flows.chain import Outcome, chain
 from flows.cli import app
 from flows.servers import LOOPBACK, free_port, start_mlflow
 from flows.workplace import here
+from storage.address import open_objects
+from storage.artifacts import ArtifactStore
 from storage.registry import Registry
-from storage.registry_lines import LineVersions
+from storage.registry_lines import LineVersions, RunFiles
 from tasks.lineage.kept import PAGE, PICTURE
+from tasks.lineage.measures import Measures
+from tasks.lineage.page import page
+from tasks.lineage.versions import version_lineage
 from tests.flows.devtools import Page, browser, found_browser
 
 BROWSER = found_browser()
@@ -200,11 +206,41 @@ def test_links_of_the_page_lead_to_mlflow(seen: Seen, tab: Page, tmp_path: Path)
         found = CliRunner().invoke(app, ["lineage", seen.name, "--html", str(tmp_path / "page.html")])
     assert found.exit_code == 0, found.output
     tab.open((tmp_path / "page.html").as_uri())
+    assert tab.ask("document.querySelectorAll('.address').length") == 0, "links work: no need to write them out"
+    assert "lets no link out" not in str(tab.ask("document.body.innerText"))
     links = tab.ask("[...document.querySelectorAll('.nodes a[target]')].map(one => one.href)")
     runs = [one for one in links if "/runs/" in one]
     assert len(runs) == 2 * 5, "fine-tuned, update, compressed, state and model of both merges"
     tab.open(runs[0])
     tab.wait_text("fine_tune", "training_loss")
+
+
+def test_links_inside_the_frame_of_mlflow_can_be_copied(seen: Seen, tab: Page) -> None:
+    """MLflow's frame is sandboxed: nothing in it opens a window, or leads its page elsewhere."""
+    registry = registry_at(seen)
+    versions = LineVersions(registry, seen.name)
+    version, store = versions.one(), ArtifactStore(open_objects(f"file://{seen.home}/store"))
+    lineage = version_lineage(version, versions.all(), [], store, {version.number: versions.stage_pages(version)})
+    RunFiles(registry, version.run_id).write("linked.html", page(lineage, Measures()))
+    run = versions.run_page(version)
+    assert run is not None
+    tab.open(run.replace("?", "/artifacts/linked.html?"))
+    inside = tab.frame("From the base to this version")
+    beside = "[...document.querySelectorAll('a[target]')].map(one => [one.href, one.nextElementSibling.textContent])"
+    found = tab.ask(beside, inside)
+    assert len(found) > 5, "the version and the runs of its stages"
+    assert all(address == text and address.startswith(seen.address) for address, text in found)
+    assert "lets no link out of it" in str(tab.ask("document.body.innerText", inside))
+    newest = "[...document.querySelectorAll('.node.model')].at(-1)"
+    tab.ask(f"{newest}.dispatchEvent(new MouseEvent('click'))", inside)
+    assert tab.ask("document.querySelector('#detail .address').textContent", inside).startswith(seen.address)
+    mark = "getSelection().selectAllChildren(document.querySelector('.nodes .address')), getSelection().toString()"
+    assert str(tab.ask(mark, inside)).startswith(seen.address)
+    before = tab.tabs()
+    tab.ask("document.querySelector('.nodes a[target]').click()", inside)
+    time.sleep(0.5)
+    assert tab.tabs() == before, "no window was opened: if MLflow allows it by now, the addresses may go"
+    shot(tab, "mlflow-artifact-links")
 
 
 def registry_at(seen: Seen) -> Registry:

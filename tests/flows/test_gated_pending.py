@@ -29,6 +29,7 @@ from storage.errors import Unanswered
 from storage.lines import Line
 from storage.queue import Queue
 from storage.refs import CheckpointRef
+from storage.registry_lines import LineVersions
 from tasks.codecs import Dense
 from tasks.data import Digits, Jsonl
 from tasks.digits_base import DigitsBase, train_digits_base
@@ -36,6 +37,8 @@ from tasks.evaluate import evaluate, leading
 from tasks.export import export
 from tasks.gate import Gate, OnFailure
 from tasks.intake import Intake
+from tasks.lineage.kept import PAGE
+from tasks.lineage.versions import version_lineage
 from tasks.mergers import Average, Opcm, TaskArithmetic
 from tasks.recipe import Recipe
 from tasks.retry import OtherRecipe
@@ -113,6 +116,14 @@ def test_what_fails_is_left_out_with_its_reason_and_the_others_go_on(base: Check
     assert run.data.metrics["average"] == pytest.approx(score)
     assert run.data.metrics["accuracy/upright"] == pytest.approx(score)
     assert "points below" in artifacts(f"{LINE}-quarantine")[0]
+    at_base = leading(here().store.open(evaluate(base, [SUITE], here().store, base=base)))["upright"]
+    known = LineVersions(here().registry, LINE)
+    accuracy = version_lineage(known.one("3"), known.all(), [], here().store).accuracy
+    assert (accuracy.tasks, accuracy.suites, accuracy.alone) == ((), ("upright",), {})
+    assert accuracy.base == {"upright": at_base}, "the first merge was held against it"
+    assert [row.scores["upright"].value for row in accuracy.rows][-1] == score
+    (page,) = here().settings.home.glob(f"mlflow-artifacts/*/{versions[3].run_id}/artifacts/{PAGE}")
+    assert "The exam of the line asks upright of every merge" in page.read_text()
     assert await_events(CHAMPION, {LINE}) == await_events(REFUSED, {LINE}) == {LINE}
 
 

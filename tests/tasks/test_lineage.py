@@ -327,6 +327,8 @@ def test_mermaid_has_every_node_and_edge(found: Lineage) -> None:
     assert {(one[1], one[2]) for one in edges if one} <= {(a, b) for a in names for b in names}
     assert sum(one is not None for one in edges) == len(found.edges)
     assert {one[3] for one in nodes if one} == set(re.findall(r"classDef (\w+) stroke:", "\n".join(lines)))
+    linked = replace(found, nodes=(replace(found.nodes[0], links={"run": 'http://mlflow/#/runs/a"; b'}),))
+    assert '  click n0 href "http://mlflow/#/runs/a%22%3B%20b" _blank' in mermaid(replace(linked, edges=()))
 
 
 def stored(tmp_path: Path) -> tuple[Grown, Path]:

@@ -15,6 +15,8 @@
     into.get(one.to).push(one.from);
   }
   let chosen = null;
+  // MLflow shows files in a frame that may run scripts, but neither open a window nor leave its page
+  const framed = window.top !== window && window.origin === "null";
 
   function reached(start, ways) {
     const found = new Set([start]), left = [start];
@@ -32,6 +34,14 @@
     if (text !== undefined) made.textContent = text;
     if (parent) parent.appendChild(made);
     return made;
+  }
+
+  function spell(link) {
+    if (!framed) return;
+    const address = document.createElement("code");
+    address.className = "address";
+    address.textContent = link.getAttribute("href");
+    link.after(" ", address);
   }
 
   function tell(node) {
@@ -54,6 +64,8 @@
     for (const [word, address] of node.links) {
       const link = element("a", word, ways);
       link.href = address; link.target = "_blank"; link.rel = "noopener";
+      spell(link);
+      ways.append(" ");
     }
     element("a", "in the table", ways).href = "#row" + node.number;
   }
@@ -114,6 +126,8 @@
     const match = /^#n(\d+)$/.exec(location.hash);
     if (match) choose(Number(match[1]));
   }
+  document.getElementById("framed").hidden = !framed;
+  document.querySelectorAll("a[target]").forEach(spell);
   window.addEventListener("hashchange", follow);
   follow();
 })();
