@@ -17,7 +17,7 @@ import pandas
 import pytest
 import requests
 import torch
-from mlflow.artifacts import list_artifacts
+from mlflow.artifacts import list_artifacts, load_text
 from mlflow.tracking import MlflowClient
 
 from flows.chain import chain
@@ -187,6 +187,15 @@ def test_mlflow_serves_the_champion(home: Path, monkeypatch: pytest.MonkeyPatch)
         assert "no task 'none'" in requests.post(f"{url}/invocations", json=asked, timeout=60).json()["message"]
         expected = mlflow.pyfunc.load_model(f"models:/{line.name}@champion").predict(pixels)
         numpy.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        asked = {"inputs": pixels.tolist(), "params": {"task": line.steps[0].entry.task}}
+        (one, _) = json.loads(requests.post(f"{url}/invocations", json=asked, timeout=60).text)["predictions"]
+        assert one["score"] == max(one["scores"].values()) == one["scores"][one["label"]]
+        with here().registry.champions(line.name) as champions:
+            number = champions.version("champion")
+        source = MlflowClient().get_model_version_download_uri(line.name, str(number))
+        example = load_text(f"{source}/serving_input_example.json")
+        headers = {"Content-Type": "application/json"}
+        assert requests.post(f"{url}/invocations", data=example, headers=headers, timeout=60).ok, "as it is shown"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
