@@ -23,6 +23,7 @@ from tasks.ingest import Checkpoint
 from tasks.mergers import AnyMerger
 from tasks.optimizers import AnyOptimizer
 from tasks.recipe import Recipe
+from tasks.retry import OtherRecipe, reachable, unfit
 from tasks.scalings import AnyScaling
 from tasks.search import Search
 from tasks.sparsifiers import AnySparsifier
@@ -93,7 +94,8 @@ class LineConfig:
     `deltaworks line rollback NAME 0` before the next run lets that search for all factors again, and merge nothing.
 
     `gate`: what a merged model must reach to be the registered model's `champion`, and what becomes of it if it does
-    not. Without one, versions are registered and nobody is the champion.
+    not. Without one, versions are registered and nobody is the champion. A line goes on by a recipe of its gate's
+    `retry` once that let a merge in; to take it over, write it here: what the line holds stays as it came in.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -111,6 +113,11 @@ class LineConfig:
     @property
     def recipe(self) -> Recipe:
         return Recipe(self.merger, self.sparsify, self.scaling)
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipe, and those that the line may come to go on by, because its gate lists them in `retry`."""
+        return reachable(self.recipe, self.gate.retry if self.gate else ())
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ class ChainConfig:
         self._check_start()
         self._check_retained()
         self._check_search()
+        self._check_mergers()
 
     def _check_retained(self) -> None:
         """Scores are kept by name: no ability may have another's, or a task's."""
@@ -174,6 +182,20 @@ class ChainConfig:
                 "lm_eval tasks are for the last word",
                 remedy="Leave out search, or give the task a suite with data of its own",
             )
+
+    def _check_mergers(self) -> None:
+        """Every recipe that a line may come to merge by must take all updates, with their weights."""
+        weights = [task.weight for task in self.tasks for _ in task.updates]
+        for line in self.lines:
+            for recipe in line.recipes:
+                if why := unfit(recipe, weights):
+                    listed = "" if recipe.merger == line.merger else ", whose gate lists it in retry,"
+                    heavy = [f"{task.name!r} weighs {task.weight:g}" for task in self.tasks if task.weight != 1]
+                    raise InvalidInput(
+                        f"line {line.name!r}{listed} has {len(weights)} updates{''.join(f', {one}' for one in heavy)}, "
+                        f"but {why}",
+                        remedy="`deltaworks mergers` lists those for any number, and those that have weights",
+                    )
 
     def _check_start(self) -> None:
         """Refuse what cannot be trained, or would not be the difference that was meant."""
@@ -242,7 +264,7 @@ def owner_of(loc: tuple[Any, ...], top: type) -> type:
         AnyTuner,
     )
     known: dict[str, type] = {"tasks": Task, "lines": LineConfig, "extract": Extract, "checkpoint": Checkpoint}
-    known |= {"search": Search, "gate": Gate, "retained": Ability}
+    known |= {"search": Search, "gate": Gate, "retained": Ability, "retry": OtherRecipe}
     for family in families:
         known |= choices(family)
     return next((known[part] for part in reversed(loc[:-1]) if part in known), top)

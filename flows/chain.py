@@ -13,9 +13,7 @@ from configs.chain import ChainConfig, Task
 from flows import steps
 from flows.growing import Growing, Grown, Prepared
 from flows.policy import named, run_now
-from flows.workplace import here
 from storage.refs import CheckpointRef, ScoresRef
-from tasks.evaluate import leading
 from tasks.launched import ending_with_us
 
 
@@ -64,17 +62,17 @@ def count_steps(config: ChainConfig) -> int:
     per_merge = 5  # merge, commit, write, evaluate, register
     searches = sum(line.search is not None for line in config.lines)
     updates = sum(len(task.updates) for task in config.tasks)
-    gates = sum(line.gate is not None for line in config.lines) * (updates - 1)  # the champion on the newest task
+    ahead = (len(config.tasks) - 1) * len(config.lines)  # the merged model on the next task, its champion as a rule
     able = bool(config.retained) * (1 + updates * len(config.lines))
-    return 2 + updates * (per_update + per_merge * len(config.lines) + searches) + gates + able
+    return 2 + updates * (per_update + per_merge * len(config.lines) + searches) + ahead + able
 
 
-def _abilities(config: ChainConfig, base: CheckpointRef) -> dict[str, float]:
-    """What the base reaches on what it can do."""
+def _abilities(config: ChainConfig, base: CheckpointRef) -> ScoresRef | None:
+    """What the base reaches on what it can do, if the chain names anything."""
     if not config.retained:
-        return {}
-    scores = run_now(steps.evaluate, "evaluate abilities of the base", base, list(config.retained), base)
-    return leading(here().store.open(scores))
+        return None
+    scores: ScoresRef = run_now(steps.evaluate, "evaluate abilities of the base", base, list(config.retained), base)
+    return scores
 
 
 def _grow(
@@ -82,7 +80,7 @@ def _grow(
     number: int,
     base: CheckpointRef,
     prepared: list[Prepared],
-    able: dict[str, float],
+    able: ScoresRef | None,
     base_scores: ScoresRef,
 ) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
@@ -94,7 +92,7 @@ def _grow(
 
 
 def _in_turn(
-    config: ChainConfig, base: CheckpointRef, able: dict[str, float], base_scores: ScoresRef
+    config: ChainConfig, base: CheckpointRef, able: ScoresRef | None, base_scores: ScoresRef
 ) -> tuple[list[Prepared], Grown]:
     """Each training starts from the line's merged model of the step before it, the first one from the base.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,7 +18,7 @@ from flows.workplace import here
 from storage.manifest import canonical, digest
 from storage.refs import CheckpointRef, UpdateRef
 from storage.registry import Stage
-from tasks.evaluate import Summary, leading, retention, summarise
+from tasks.evaluate import Summary, leading, summarise, with_abilities
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Place:
     forgetting: float | None
     retained: float | None
     bytes: float
+    forward_transfer: float | None = None
+    held_out: float | None = None
+    tradeoff: float | None = None
 
 
 @flow(name="compare", flow_run_name="{grid.chain.name}", validate_parameters=False)  # `grid_of` has validated
@@ -56,6 +59,7 @@ def compare(grid: Grid) -> list[Outcome]:
     chain = grid.chain
     base = run_now(steps.base_step(chain.base), f"base {chain.base.name}", chain.base)
     able = _abilities(grid, base, base, "the base")
+    unmet = leading(here().store.open(run_now(steps.evaluate, "evaluate base", base, list(chain.tasks), base)))
     found = []
     for seed in grid.seeds:
         prepared = [_prepare(grid, base, task, seed) for task in chain.tasks]
@@ -65,7 +69,7 @@ def compare(grid: Grid) -> list[Outcome]:
             for number, order in enumerate(grid.orders):
                 for merger in grid.mergers:
                     where = (grid, base, merger, codec, number, order, seed)
-                    found.append(_cell(where, prepared, updates, alone, able))
+                    found.append(_cell(where, prepared, updates, _Known(alone, able, unmet)))
     return found
 
 
@@ -74,7 +78,7 @@ def count_steps(grid: Grid) -> int:
     tasks, able = len(grid.chain.tasks), bool(grid.chain.retained)
     searched = sum(bool(codec.trials()) for codec in grid.codecs.values())
     each_seed = 3 * tasks + (len(grid.codecs) + searched) * tasks
-    return 1 + able + len(grid.seeds) * each_seed + grid.cells * (3 * tasks + able)
+    return 2 + able + len(grid.seeds) * each_seed + grid.cells * (4 * tasks - 1 + able)
 
 
 def leaderboard(outcomes: Sequence[Outcome]) -> list[Place]:
@@ -112,6 +116,15 @@ class _Prepared:
     alone: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Scores beside those of a cell: of each task's own model, and of the base on its abilities and on the tasks."""
+
+    alone: dict[str, float]
+    able: dict[str, float]
+    unmet: dict[str, float]
+
+
 def _prepare(grid: Grid, base: CheckpointRef, task: Task, seed: int) -> _Prepared:
     """A task's update as it was extracted, and what its own model reaches."""
     how = f"{task.name}, seed {seed}"
@@ -137,15 +150,15 @@ def _cell(
     where: tuple[Grid, CheckpointRef, str, str, int, tuple[int, ...], int],
     prepared: Sequence[_Prepared],
     updates: Sequence[UpdateRef],
-    alone: dict[str, float],
-    able: dict[str, float],
+    known: _Known,
 ) -> Outcome:
     grid, base, merger, codec, number, order, seed = where
     label = f"{merger}, {codec}, order {number}, seed {seed}"
     tasks = [prepared[at].task for at in order]
-    trial: Trial = merged_in_turn(base, tasks, [updates[at] for at in order], grid.mergers[merger], label)
-    left = _abilities(grid, trial.model, base, label)
-    summary = replace(summarise(trial.matrix, alone), retained=retention(left, able) if able else None)
+    recipe, in_order = grid.mergers[merger], [updates[at] for at in order]
+    trial: Trial = merged_in_turn(base, tasks, in_order, recipe, label, look_ahead=True)
+    summary = summarise(trial.matrix, known.alone, trial.ahead, known.unmet)
+    summary = with_abilities(summary, _abilities(grid, trial.model, base, label), known.able)
     size = sum(here().store.open(one).manifest.tensor_bytes for one in updates)
     return Outcome(merger, codec, tuple(task.name for task in tasks), number, seed, trial.model, summary, size)
 
@@ -159,8 +172,11 @@ def _abilities(grid: Grid, model: CheckpointRef, base: CheckpointRef, label: str
 
 def _place(runs: Sequence[Outcome]) -> Place:
     averages = [one.summary.average for one in runs]
-    forgetting = [one.summary.forgetting for one in runs if one.summary.forgetting is not None]
-    retained = [one.summary.retained for one in runs if one.summary.retained is not None]
+
+    def mean(name: str) -> float | None:
+        found = [value for one in runs if (value := getattr(one.summary, name)) is not None]
+        return fmean(found) if found else None
+
     return Place(
         runs[0].merger,
         runs[0].codec,
@@ -168,9 +184,12 @@ def _place(runs: Sequence[Outcome]) -> Place:
         fmean(averages),
         stdev(averages) if len(averages) > 1 else None,
         fmean(one.summary.worst for one in runs),
-        fmean(forgetting) if forgetting else None,
-        fmean(retained) if retained else None,
+        mean("forgetting"),
+        mean("retained"),
         fmean(one.bytes for one in runs),
+        mean("forward_transfer"),
+        mean("held_out"),
+        mean("tradeoff"),
     )
 
 

@@ -21,8 +21,9 @@ from storage.lines import Entry, Line
 from storage.queue import Queue
 from storage.refs import CheckpointRef, ScoresRef
 from storage.registry import ModelVersion
-from tasks.evaluate import Summary, leading, outcomes_of, retention
+from tasks.evaluate import Summary, leading, outcomes_of, retention, with_abilities
 from tasks.gate import Standing, Verdict, judge
+from tasks.retry import OtherRecipe
 
 PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was judged
 
@@ -30,13 +31,14 @@ PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was ju
 @dataclass(frozen=True)
 class Examined:
     """What a merge came to. `verdict` is None without a gate. `measured`: scores of the base, if it was held against
-    that."""
+    that. `able`: scores of the base and of the model on what the base can do, if the exam asks for that."""
 
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     verdict: Verdict | None
     measured: tuple[ScoresRef, ...] = ()
+    able: tuple[ScoresRef, ...] = ()
 
     @property
     def noted(self) -> tuple[str, str]:
@@ -50,22 +52,23 @@ class Examiner:
     """Asks the merges of one line."""
 
     def __init__(self, exam: Exam, queue: Queue, journal: Line) -> None:
-        self._exam, self._queue, self._line = exam, queue, journal.name
+        self._exam, self._queue, self._journal, self.line = exam, queue, journal, journal.name
+        self._able: dict[CheckpointRef, ScoresRef] = {}  # models on what the base can do
 
     def examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
-        """`before`: the folds that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
+        """`before`: the steps that `merged` came after, oldest first. Unanswered if the suites cannot be asked."""
         try:
             return self._examine(before, merged)
         except InvalidInput as error:
             raise Unanswered(
-                f"the exam of line {self._line!r} cannot be held on {merged.task!r}: {error}",
-                remedy=f"Its data must be there for the worker; `deltaworks line policy {self._line} --exam FILE` "
+                f"the exam of line {self.line!r} cannot be held on {merged.task!r}: {error}",
+                remedy=f"Its data must be there for the worker; `deltaworks line policy {self.line} --exam FILE` "
                 "sets another one",
             ) from error
 
     @property
-    def retry(self) -> tuple[float, ...]:
-        """By which factors a merge that the gate refuses is written instead."""
+    def retry(self) -> tuple[float | OtherRecipe, ...]:
+        """What is tried where the gate refuses a merge."""
         return self._exam.gate.retry if self._exam.gate else ()
 
     def lets_in(self, found: Examined) -> bool:
@@ -74,48 +77,54 @@ class Examiner:
 
     def register_left_out(self, before: Sequence[Entry], merged: Entry, found: Examined) -> ModelVersion:
         """A version with the reasons, for people to look at; it is no part of the line."""
-        return register_examined(self._line, [*before, merged], found, left_out=True)
+        return register_examined(self.line, [*before, merged], found, left_out=True)
 
     def _examine(self, before: Sequence[Entry], merged: Entry) -> Examined:
-        model = written(self._line, merged)
+        model = written(self.line, merged)
         scores, standing = self._standing(merged.task, model, merged.base)
         values = list(standing.scores.values())
-        summary = Summary(fmean(values), min(values), None, None, None, standing.retained)
+        summary = Summary(fmean(values), min(values), None, None, None)
+        able = tuple(self._able[one] for one in (merged.base, model)) if self._exam.retained else ()
+        summary = with_abilities(summary, standing.abilities, self._left("the base", merged.base, merged.base))
         if self._exam.gate is None:
-            return Examined(model, scores, summary, None)
+            return Examined(model, scores, summary, None, able=able)
         against = self._against(before)
         if against is None:
             at_base, champion = self._standing("the base", merged.base, merged.base)
-            return Examined(model, scores, summary, judge(self._exam.gate, standing, champion, {}), (at_base,))
+            return Examined(model, scores, summary, judge(self._exam.gate, standing, champion, {}), (at_base,), able)
         reached = self._champion(against, merged.base)
-        return Examined(model, scores, summary, judge(self._exam.gate, standing, reached, {}))
+        return Examined(model, scores, summary, judge(self._exam.gate, standing, reached, {}), able=able)
 
     def _against(self, before: Sequence[Entry]) -> Entry | None:
         """The merge whose model the next one is held against; None for the base."""
         passed = {one.entry for one in self._queue.submissions() if one.state == "merged" and one.kind == PASSED}
-        champion = next((one for one in reversed(before) if one.number in passed and one.action == "fold"), None)
+        champion = next((one for one in reversed(before) if one.number in passed and self._is_entry(one)), None)
         return champion or (before[-1] if before else None)
 
     def _champion(self, against: Entry, base: CheckpointRef) -> Standing | None:
         """What its model reaches; None if its state was removed from the store."""
         if against.state is None or not here().store.has(against.state):
             return None
-        return self._standing(f"{against.task}, the champion", written(self._line, against), base)[1]
+        return self._standing(f"{against.task}, the champion", written(self.line, against), base)[1]
+
+    def _is_entry(self, step: Entry) -> bool:
+        """Whether it is an entry of the journal, and not one of those that a rebuild merged again."""
+        return step == self._journal.entry(step.number)
 
     def _standing(self, name: str, model: CheckpointRef, base: CheckpointRef) -> tuple[ScoresRef, Standing]:
-        scores = run_now(steps.evaluate, f"{self._line}: evaluate {name}", model, list(self._exam.suites), base)
+        scores = run_now(steps.evaluate, f"{self.line}: evaluate {name}", model, list(self._exam.suites), base)
         found = here().store.open(scores)
-        return scores, Standing(leading(found), outcomes_of(found), self._retained(name, model, base))
+        left, before = self._left(name, model, base), self._left("the base", base, base)
+        return scores, Standing(leading(found), outcomes_of(found), retention(left, before), left)
 
-    def _retained(self, name: str, model: CheckpointRef, base: CheckpointRef) -> float | None:
+    def _left(self, name: str, model: CheckpointRef, base: CheckpointRef) -> dict[str, float]:
+        """What a model reaches on what the base can do, if that is asked."""
         if not self._exam.retained:
-            return None
-        reached = []
-        for label, one in ((name, model), ("the base", base)):
-            about = f"{self._line}: evaluate abilities of {label}"
-            found = run_now(steps.evaluate, about, one, list(self._exam.retained), base)
-            reached.append(leading(here().store.open(found)))
-        return retention(*reached)
+            return {}
+        if model not in self._able:
+            label = f"{self.line}: evaluate abilities of {name}"
+            self._able[model] = run_now(steps.evaluate, label, model, list(self._exam.retained), base)
+        return leading(here().store.open(self._able[model]))
 
 
 def examiner_of(queue: Queue, journal: Line) -> Examiner | None:
@@ -141,7 +150,7 @@ def register_examined(
     if found is None:
         inputs: tuple[Any, ...] = (written(line, last),)
     else:
-        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, found.measured)
+        inputs = (found.model, found.scores, found.summary, found.verdict, left_out, found.measured, found.able)
     label = f"{line}: register {last.task}"
     with kept(line, repr(last.task)):
         version: ModelVersion = run_now(steps.register, label, line, line, list(entries), *inputs)

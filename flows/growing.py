@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
 from flows.continuation import Wanted, check_continuation, check_start
+from flows.folding import fold_all
+from flows.judging import Judging, Tried
 from flows.policy import run_now
 from flows.registering import kept
+from flows.retrying import alternatives, commit
+from flows.tables import recipe_name
 from flows.workplace import here
 from storage.errors import InvalidInput
 from storage.lines import Entry, Fold, Line, after_fold
-from storage.refs import CheckpointRef, ScoresRef, StateRef, UpdateRef
+from storage.refs import CheckpointRef, ScoresRef, UpdateRef
 from storage.registry import ModelVersion
-from tasks.evaluate import Summary, leading, outcomes_of, retention, summarise
-from tasks.gate import Standing, Verdict, judge
+from tasks.evaluate import Summary
+from tasks.gate import Verdict
+from tasks.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A merge written by a factor: what it reaches, and what the gate says of that."""
-
-    factor: float
-    model: CheckpointRef
-    scores: ScoresRef
-    standing: Standing
-    summary: Summary
-    verdict: Verdict | None
-
-
-@dataclass(frozen=True)
 class Grown:
     """A line after the chain. `beyond`: updates that it holds after those of the chain; `left_out`: merges that its
     gate did not let in."""
@@ -78,38 +71,36 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped. `able`: the base on its abilities.
+    """A line that a chain opens, or goes on with where an earlier run stopped.
 
-    `base_scores`: of the base on the chain's tasks."""
+    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
 
     def __init__(
         self,
         config: ChainConfig,
         line: LineConfig,
         base: CheckpointRef,
-        able: Mapping[str, float],
+        able: ScoresRef | None,
         base_scores: ScoresRef,
     ) -> None:
         self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
-        self._abilities, self._able = list(config.retained), able
+        self._judging = Judging(config, line, base, base_scores, able)
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None
         self._entries: list[Entry] = []
         self._merged: list[Prepared] = []
-        self._alone: dict[str, float] = {}
-        self._matrix: list[dict[str, float]] = []
-        self._champion: tuple[CheckpointRef, Standing] | None = None
         self.grown = Grown(line.name)
         if line.name in Line.names(here().store.objects):  # a new one is not opened before there is an update for it
             self._open()
 
     def _open(self) -> Entry:
         journal = Line(here().store.objects, self._line.name)
-        journal.open(self._base, self._line.recipe.spec())
+        first, *others = (recipe.spec() for recipe in self._line.recipes)
+        journal.open(self._base, first, others)
         # read before the history: a merge that comes in between makes the commit fail, not vanish
         self._head = journal.head()
-        self._entries = journal.history()
+        self._entries = journal.steps()
         if not self._leaves_out:
             beyond = self._entries[self._count :]
             self.grown = replace(self.grown, beyond=tuple(entry.task for entry in beyond))
@@ -144,58 +135,72 @@ class Growing:
         number, line, name = len(self._merged), self._line, one.name
         head = self._head or self._open()
         self.check([each.wanted for each in (*self._merged, one)])
-        self._alone[one.task.name] = leading(here().store.open(one.alone))[one.task.name]
-        held = self._entries[number - 1].state if number else None
-        weight = one.task.weight
-        state = run_now(steps.fold, f"{line.name}: merge {name}", self._base, held, one.update, line.recipe, weight)
+        self._judging.alone(one.task.name, one.alone)
         known = self._known(number, one)
         seen = self._seen(one)
-        # the journal's factor, also where the search or the gate would choose another one by now
-        factor = known.factor if known else self._factor(name, state, seen)
-        tried = self._try(name, state, seen, factor)
-        if known is None and line.gate is not None:
-            tried = self._retried(name, state, seen, tried, line.gate.retry)
+        beside = [self._base_scores, one.alone]
+        if self._merged and one.task.name not in {each.task.name for each in self._merged}:
+            beside.append(self._judging.look_ahead(name, one.task, self.model))
+        # the journal's recipe and factor, also where the search or the gate would choose others by now
+        tried = self._again(name, known, seen) if known else self._newly(one, head, seen)
         model, scores, summary, verdict = tried.model, tried.scores, tried.summary, tried.verdict
-        folded = Fold(name, one.update, state, weight, tried.factor)
-        beside = (self._base_scores, one.alone)
+        able = self._judging.able(model)
         if self._refused(verdict) and verdict is not None and known is None:
-            candidate = [*self._entries[:number], after_fold(head, folded)]
-            version = self._register(name, candidate, model, scores, summary, verdict, True, beside)
+            # numbered by its place, and not by what the line has come to since: the same version in every run
+            place = self._entries[number - 1].number if number else 0
+            candidate = [*self._entries[:number], replace(tried.entry, number=place + 1)]
+            version = self._register(name, candidate, model, scores, summary, verdict, True, beside, able)
             self.grown.left_out.append(Step(candidate[-1], model, scores, summary, version, verdict))
             if not self._leaves_out:
                 raise _stopped(version, name, verdict)
             return
         if known is None:
             self._check_place(number, one)
-            self._head = run_now(steps.commit, f"{line.name}: commit {name}", line.name, head, folded)
+            self._head = commit(line.name, head, tried.entry)
             self._entries.append(self._head)
         self._merged.append(one)
-        self._matrix.append(dict(tried.standing.scores))
-        if verdict and verdict.passed:
-            self._champion = (model, tried.standing)
+        self._judging.accept(tried)
         so_far = self._entries[: number + 1]
         if number + 1 == self._count == len(self._entries):
             # a head that went back to an older state is a new version all the same, so that the alias can follow it
             so_far[-1] = replace(so_far[-1], number=(self._head or head).number)
-        version = self._register(name, so_far, model, scores, summary, verdict, False, beside)
+        version = self._register(name, so_far, model, scores, summary, verdict, False, beside, able)
         self.grown.steps.append(Step(self._entries[number], model, scores, summary, version, verdict))
 
-    def _try(self, name: str, state: StateRef, seen: list[Task], factor: float) -> _Tried:
-        """Write a state as a model, evaluate and judge it."""
-        line = self._line.name
-        written = (self._base, state) if factor == 1 else (self._base, state, factor)
-        model = run_now(steps.materialize, f"{line}: write {name}", *written)
-        scores = run_now(steps.evaluate, f"{line}: evaluate {name}", model, seen, self._base)
-        standing = self._standing(name, model, scores)
-        summary = replace(summarise([*self._matrix, standing.scores], self._alone), retained=standing.retained)
-        return _Tried(factor, model, scores, standing, summary, self._judge(name, seen, standing))
+    def _again(self, name: str, known: Entry, seen: list[Task]) -> Tried:
+        """A merge that the line holds, found done."""
+        line, number, recipe = self._line.name, len(self._merged), _recipe(known)
+        if known.action == "rebuild":
+            label = f" by {recipe_name(known.merger)}"
+            state = fold_all(line, self._base, known.folds, recipe, {}, label)[-1].state
+        else:
+            held = self._entries[number - 1].state if number else None
+            state = run_now(steps.fold, f"{line}: merge {name}", self._base, held, known.update, recipe, known.weight)
+        return self._judging.ask(name, replace(known, state=state), seen)
 
-    def _retried(self, name: str, state: StateRef, seen: list[Task], first: _Tried, factors: Sequence[float]) -> _Tried:
-        """The first of these factors that passes, where the merge as it is does not; otherwise that."""
-        if first.verdict is None or first.verdict.passed:
+    def _newly(self, one: Prepared, head: Entry, seen: list[Task]) -> Tried:
+        """A merge that the line does not hold: as it is, or the first of what its gate lists that passes."""
+        number, line, name, weight = len(self._merged), self._line, one.name, one.task.weight
+        if number == len(self._entries):
+            onto = head
+        else:  # the line went on without it
+            onto = self._entries[number - 1] if number else Entry(0, "open", self._base, line.recipe.spec())
+        label = f"{line.name}: merge {name}"
+        state = run_now(steps.fold, label, self._base, onto.state, one.update, _recipe(onto), weight)
+        entry = after_fold(onto, Fold(name, one.update, state, weight, self._judging.factor(name, state, seen)))
+        first = self._judging.ask(name, entry, seen)
+        if line.gate is None or first.verdict is None or first.verdict.passed:
             return first
-        others = (self._try(f"{name} at {factor:g}", state, seen, factor) for factor in factors)
-        return next((one for one in others if one.verdict and one.verdict.passed), first)
+        others = alternatives(
+            line.name,
+            entry,
+            self._entries[:number],
+            line.gate.retry,
+            first.verdict.reasons,
+            lambda said, state: self._judging.factor(f"{name} {said}", state, seen),
+        )
+        tried = (self._judging.ask(f"{name} {other.said}", other.entry, seen) for other in others)
+        return next((one for one in tried if one.verdict and one.verdict.passed), first)
 
     def _refused(self, verdict: Verdict | None) -> bool:
         """Whether the gate keeps a merge out of the line."""
@@ -230,43 +235,13 @@ class Growing:
             version: ModelVersion = run_now(steps.register, label, self._experiment, self._line.name, entries, *facts)
         return version
 
-    def _standing(self, name: str, model: CheckpointRef, scores: ScoresRef) -> Standing:
-        store = here().store
-        found = store.open(scores)
-        retained = None
-        if self._abilities:
-            label = f"{self._line.name}: evaluate abilities after {name}"
-            after = run_now(steps.evaluate, label, model, self._abilities, self._base)
-            retained = retention(leading(store.open(after)), self._able)
-        return Standing(leading(found), outcomes_of(found), retained)
-
-    def _judge(self, name: str, seen: list[Task], standing: Standing) -> Verdict | None:
-        """What the gate says, after the champion was measured on tasks that it has not met yet."""
-        if self._line.gate is None:
-            return None
-        champion = None
-        if self._champion is not None:
-            model, known = self._champion
-            new = [task for task in seen if task.name not in known.scores]
-            if new:
-                label = f"{self._line.name}: evaluate the champion on {name}"
-                found = here().store.open(run_now(steps.evaluate, label, model, new, self._base))
-                known = known.joined(Standing(leading(found), outcomes_of(found)))
-                self._champion = (model, known)
-            champion = known
-        return judge(self._line.gate, standing, champion, self._alone)
-
     def _seen(self, one: Prepared) -> list[Task]:
         """The tasks of the updates that are merged with this one, each once."""
         return list({each.task.name: each.task for each in (*self._merged, one)}.values())
 
-    def _factor(self, name: str, state: StateRef, seen: list[Task]) -> float:
-        """How much of the merged delta to write, if the line searches for it."""
-        if self._line.search is None:
-            return 1.0
-        label = f"{self._line.name}: search {name}"
-        scores = run_now(steps.search, label, self._base, state, seen, self._line.search)
-        return float(here().store.open(scores).manifest.facts["factor"])
+
+def _recipe(entry: Entry) -> Recipe:
+    return Recipe.from_spec(entry.merger, f"entry {entry.number}")
 
 
 def _stopped(version: ModelVersion, name: str, verdict: Verdict) -> InvalidInput:

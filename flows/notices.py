@@ -14,6 +14,7 @@ from uuid import NAMESPACE_URL, uuid5
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.events import emit_event
 
+from flows.tables import recipe_name
 from flows.workplace import here
 from storage.errors import Unavailable
 from storage.events import Submission
@@ -91,6 +92,7 @@ def judged(line: str, entry: Entry, version: ModelVersion, found: Examined) -> N
         "deltaworks.line": line,
     }
     said = {"task": entry.task, "version": version.version, "state": entry.state, "model": found.model}
+    said |= {"merger": dict(entry.merger), "factor": entry.factor, **({"why": entry.why} if entry.why else {})}
     said |= {"reasons": list(found.verdict.reasons), **found.verdict.facts}
     emit_event(CHAMPION if found.verdict.passed else REFUSED, resource, payload=said)
 
@@ -104,6 +106,8 @@ def worked_off(found: Folded, all_of_them: Sequence[Submission]) -> None:
     for entry in found.merged:
         one = submissions.get(entry.number)
         became = f"entry {entry.number}{f', {one.kind}' if one and one.kind else ''}"
+        if entry.action == "rebuild":
+            became = f"{became}, all merged again by {recipe_name(entry.merger)}"
         rows.append(
             {"task": entry.task, "became": became, "update": short(entry.update or ""),
              "state": short(entry.state or ""), "from": one.reference if one else ""}

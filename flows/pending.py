@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from prefect import get_run_logger
@@ -22,6 +22,7 @@ from flows import notices, steps
 from flows.examining import Examined, Examiner, examiner_of, register_examined
 from flows.policy import run_now
 from flows.registering import kept, patiently
+from flows.retrying import alternatives, commit
 from flows.workplace import here
 from storage.address import open_objects
 from storage.errors import Conflict, DeltaworksError, InvalidInput, Mismatch
@@ -134,7 +135,7 @@ def _take(queue: Queue, one: Submission, journal: Line, intake: Intake, examiner
         log.warning("line %s: %s waits for the next run: %s", queue.line, one.task, why, extra=about)
         raise
     kind, why = examined.noted if examined else ("", "")
-    queue.merge(one.content, entry.number, kind, why)
+    queue.merge(one.content, entry.number, kind, why or entry.why)
     said = f"entry {entry.number}, state {short(entry.state or '')}{kind and f', {kind}'}"
     log.info("line %s: %s is %s", queue.line, one.task, said, extra=_about(queue.line, one, entry.state or ""))
     return entry
@@ -167,39 +168,35 @@ def _join(
     line's exam says of it. _Unfit if the gate leaves it out."""
     while True:
         head = journal.head()  # before all else is read: what comes in between makes the commit fail
-        history = journal.history() if examiner else []
+        before = journal.steps() if examiner else []
         held = journal.holding(update)
         if held is not None:
-            return held, _examined_again(examiner, history, held)
+            return held, _examined_again(examiner, before, held)
         with _its_fault():
             state = _fold(journal.name, head, one, update)
-        folded = Fold(one.task, update, state, one.weight, head.factor)
-        found = None
+        entry, found = after_fold(head, Fold(one.task, update, state, one.weight, head.factor)), None
         if examiner is not None:
-            folded, found = _examined(examiner, head, history, folded)
-            candidate = after_fold(head, folded)
+            entry, found = _examined(examiner, before, entry)
             if not examiner.lets_in(found):
-                version = examiner.register_left_out(history, candidate, found)
-                notices.judged(journal.name, candidate, version, found)
+                version = examiner.register_left_out(before, entry, found)
+                notices.judged(journal.name, entry, version, found)
                 raise _Unfit(GATE, found.noted[1])
         try:
-            entry: Entry = run_now(steps.commit, f"{journal.name}: commit {one.task}", journal.name, head, folded)
+            return commit(journal.name, head, entry), found
         except Conflict:
             continue  # others merged something else: fold again onto that
-        return entry, found
 
 
-def _examined(examiner: Examiner, head: Entry, history: list[Entry], folded: Fold) -> tuple[Fold, Examined]:
-    """What the exam says of a fold; if its gate refuses it, of the first of the listed factors that passes."""
-    first = examiner.examine(history, after_fold(head, folded))
+def _examined(examiner: Examiner, before: list[Entry], entry: Entry) -> tuple[Entry, Examined]:
+    """What the exam says of a fold; if its gate refuses it, the first of what that lists that passes, and of that."""
+    first = examiner.examine(before, entry)
     if first.verdict is None or first.verdict.passed:
-        return folded, first
-    for factor in examiner.retry:
-        other = replace(folded, factor=factor)
-        found = examiner.examine(history, after_fold(head, other))
+        return entry, first
+    for other in alternatives(examiner.line, entry, before, examiner.retry, first.verdict.reasons):
+        found = examiner.examine(before, other.entry)
         if found.verdict is not None and found.verdict.passed:
-            return other, found
-    return folded, first
+            return other.entry, found
+    return entry, first
 
 
 def _fold(line: str, head: Entry, one: Submission, update: UpdateRef) -> StateRef:
@@ -209,29 +206,29 @@ def _fold(line: str, head: Entry, one: Submission, update: UpdateRef) -> StateRe
     return state
 
 
-def _examined_again(examiner: Examiner | None, history: list[Entry], held: Entry) -> Examined | None:
+def _examined_again(examiner: Examiner | None, in_line: list[Entry], held: Entry) -> Examined | None:
     """What was said of an entry that a run before committed; nothing if it is no longer in the line."""
-    place = next((at for at, entry in enumerate(history) if entry == held), None)
-    return None if examiner is None or place is None else examiner.examine(history[:place], held)
+    place = next((at for at, entry in enumerate(in_line) if entry == held), None)
+    return None if examiner is None or place is None else examiner.examine(in_line[:place], held)
 
 
 def register_new(journal: Line, examiner: Examiner | None = None) -> list[int]:
-    """A version in MLflow for each merge at the end of the line's history that has none yet, oldest first."""
+    """A version in MLflow for each merge at the end of the line that has none yet, oldest first."""
     place = here()
-    history = journal.history()
-    count = len(history)
+    in_line = journal.steps()
+    count = len(in_line)
     with kept(journal.name, "its newest merge"):
         while count:
-            key = step_key(place.store, journal.name, history[:count])
+            key = step_key(place.store, journal.name, in_line[:count])
             if patiently(partial(_version_of, journal.name, key)) is not None:
                 break
             count -= 1
     versions = []
-    for number, entry in enumerate(history[count:], count):
+    for number, entry in enumerate(in_line[count:], count):
         if entry.state is None or not place.store.has(entry.state):
             continue  # an older state that was pruned: its version is the business of whoever wants it back
-        found = None if examiner is None else examiner.examine(history[:number], entry)
-        version = register_examined(journal.name, history[: number + 1], found)
+        found = None if examiner is None else examiner.examine(in_line[:number], entry)
+        version = register_examined(journal.name, in_line[: number + 1], found)
         if version.fresh and found is not None:
             notices.judged(journal.name, entry, version, found)
         versions.append(version.version)

@@ -7,11 +7,12 @@ from rich.console import Console
 
 from flows import progress, steps
 from flows.board import Board
+from flows.folding import fold_all
 from flows.plan import Plan
 from flows.policy import remembered, run_now
 from flows.tables import journal_table
 from flows.terminal import called
-from storage.lines import Entry, Fold
+from storage.lines import Entry
 from storage.refs import StateRef
 
 
@@ -21,14 +22,8 @@ def rebuild(plan: Plan) -> Entry:
 
     States that the line has already keep their factor; a rebuild knows no examples to search one for the new states.
     """
-    state: StateRef | None = None
     factors = {one.state: one.factor for one in plan.held}
-    folds: list[Fold] = []
-    for one in plan.folds:
-        label = f"{plan.line}: merge {one.task}"
-        state = run_now(steps.fold, label, plan.head.base, state, one.update, plan.recipe, one.weight)
-        assert one.update is not None and state is not None
-        folds.append(Fold(one.task, one.update, state, one.weight, factors.get(state, 1.0)))
+    folds = fold_all(plan.line, plan.head.base, plan.folds, plan.recipe, factors)
     label = f"{plan.line}: commit {len(folds)} updates"
     entry: Entry = run_now(steps.commit_rebuild, label, plan.line, plan.head, plan.recipe, folds, plan.why)
     return entry

@@ -35,8 +35,14 @@ def accuracy_table(outcome: Outcome, line: Grown) -> Table:
     table.add_row("average", _percent(_mean(base)), _percent(_mean(alone)), *means, style="bold")
     forgot = [_percent(step.summary.forgetting) for step in line.steps]
     table.add_row("forgetting", "", "", *forgot)
+    if any(step.summary.forward_transfer is not None for step in line.steps):
+        table.add_row("forward", "", "", *(_percent(step.summary.forward_transfer) for step in line.steps))
     if any(step.summary.retained is not None for step in line.steps):
         table.add_row("of the base", "100.0", "", *(_percent(step.summary.retained) for step in line.steps))
+        table.add_row("trade-off", "", "", *(_percent(step.summary.tradeoff) for step in line.steps))
+    mergers = [recipe_name(step.entry.merger) for step in line.steps]
+    if len(set(mergers)) > 1:
+        table.add_row("merger", "", "", *mergers)
     if any(step.entry.factor != 1 for step in line.steps):
         table.add_row("factor", "", "", *(f"{step.entry.factor:g}" for step in line.steps))
     return table
@@ -66,7 +72,9 @@ def comparison_table(outcome: Outcome) -> Table:
     """One row per line, the best first; with the factors of the newest merges if any is not 1."""
     table = _table("the merged models, in %")
     searched = any(line.last.entry.factor != 1 for line in outcome.lines)
-    columns = ["line", "merger", *["factor"] * searched, "average", "worst", "of alone", "forgetting", "version"]
+    held = any(line.last.summary.held_out is not None for line in outcome.lines)
+    columns = ["line", "merger", *["factor"] * searched, "average", "worst", "of alone", "forgetting", "forward"]
+    columns += [*["trade-off"] * held, "version"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("line", "merger") else "right", no_wrap=column == "line")
     for line in sorted(outcome.lines, key=lambda one: -one.last.summary.average):
@@ -79,6 +87,8 @@ def comparison_table(outcome: Outcome) -> Table:
             _percent(summary.worst),
             _percent(summary.normalised),
             _percent(summary.forgetting),
+            _percent(summary.forward_transfer),
+            *[_percent(summary.tradeoff)] * held,
             str(last.version.version),
             style="bold" if line is outcome.best else "",
         )
@@ -90,7 +100,8 @@ def gate_lines(line: Grown) -> Iterator[str]:
     for step in sorted([*line.steps, *line.left_out], key=lambda one: one.version.version):
         if step.verdict is not None:
             what = "was left out" if step in line.left_out else "is no champion"
-            said = "passed" if step.verdict.passed else f"{what}: {'; '.join(step.verdict.reasons)}"
+            passed = f"passed, all merged again: {step.entry.why}" if step.entry.action == "rebuild" else "passed"
+            said = passed if step.verdict.passed else f"{what}: {'; '.join(step.verdict.reasons)}"
             yield f"{line.name} version {step.version.version}, + {step.entry.task}: {said}"
 
 

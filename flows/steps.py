@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tasks.asking
 import tasks.calibrate
 import tasks.codec_search
 import tasks.compress
@@ -146,7 +147,7 @@ def materialize(base: CheckpointRef, state: StateRef, factor: float = 1.0) -> Ch
     )
 
 
-@once(version=2, gpu=True)
+@once(version=tasks.asking.VERSION, gpu=True)
 def evaluate(model: CheckpointRef, seen: Sequence[NamedSuite], base: CheckpointRef) -> ScoresRef:
     return tasks.evaluate.evaluate(model, seen, here().store, here().settings.device, _report(), base)
 
@@ -173,6 +174,7 @@ def register(
     verdict: Verdict | None = None,
     left_out: bool = False,
     measured: Sequence[ScoresRef] = (),
+    able: Sequence[ScoresRef] = (),
 ) -> Any:
     place = here()
     version = tasks.register.register(
@@ -188,6 +190,7 @@ def register(
         left_out,
         measured,
         costs(),
+        able,
     )
     return version if version.fresh else cached(version)
 

@@ -8,15 +8,15 @@ carry the time: they record events.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from storage.errors import Conflict, Damaged, InvalidInput
+from storage.errors import Conflict, Damaged, InvalidInput, Missing
 from storage.journal import Journal
 from storage.objects import ObjectStore
+from storage.options import rebuild_options
 from storage.refs import CheckpointRef, StateRef, UpdateRef, short
 from storage.trust import check_entry
 
@@ -24,7 +24,6 @@ Action = Literal["open", "fold", "rollback", "rebuild"]
 
 _FOLDER = "line"
 _ACTIONS = get_args(Action)
-_COMPOSED = ("sparsify", "scaling")  # what a recipe has beside the settings of its merger
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Line:
             raise self._journal.absent()
         return newest
 
-    def open(self, base: CheckpointRef, merger: Mapping[str, Any]) -> Entry:
-        """Start the line, or find that it has the same base and, at its head, the same merger."""
+    def open(self, base: CheckpointRef, merger: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> Entry:
+        """Start the line, or find that it has the same base and, at its head, the same merger, or one of `others`."""
         first = self._append(Entry(0, "open", base, merger))
         if first is not None:
             return first
@@ -105,7 +104,7 @@ class Line:
                 f"line {self.name!r} was opened with base {head.base}, not {base}",
                 remedy="A line keeps its base for life: give the new one another name",
             )
-        if dict(head.merger) != dict(merger):
+        if dict(head.merger) not in [dict(one) for one in (merger, *others)]:
             command = f"deltaworks line rebuild {self.name} {rebuild_options(head.merger, merger)}".rstrip()
             raise Conflict(
                 f"line {self.name!r} merges with {dict(head.merger)}, not with {dict(merger)}",
@@ -140,13 +139,22 @@ class Line:
         """
         if not folds:
             raise InvalidInput(f"line {self.name!r}: a rebuild needs at least one update")
-        last = folds[-1]
-        rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
-        return self._commit(replace(rebuilt, why=why, weight=last.weight, factor=last.factor, folds=tuple(folds)))
+        return self._commit(after_rebuild(after, merger, folds, why))
 
     def history(self, until: int | None = None) -> list[Entry]:
         """The folds that made the head's state, or that of the older entry `until`, oldest first."""
         return history_of((one for one in self.entries() if until is None or one.number <= until), self.name)
+
+    def steps(self) -> list[Entry]:
+        """The entries by which the head's updates came in, oldest first: see `steps_of`."""
+        return steps_of(self.entries(), self.name)
+
+    def entry(self, number: int) -> Entry:
+        """The entry of this number. Raises Missing if the line has none."""
+        found = self._read(number)
+        if found is None:
+            raise Missing(f"line {self.name!r} has no entry {number}")
+        return found
 
     def holding(self, update: UpdateRef) -> Entry | None:
         """The first entry that ever merged `update`, whatever became of it since; None if none did."""
@@ -187,6 +195,13 @@ def after_fold(after: Entry, fold: Fold) -> Entry:
     return replace(merged, weight=fold.weight, factor=fold.factor)
 
 
+def after_rebuild(after: Entry, merger: Mapping[str, Any], folds: Sequence[Fold], why: str = "") -> Entry:
+    """The entry that a rebuild after entry `after` would be."""
+    last = folds[-1]
+    rebuilt = Entry(after.number + 1, "rebuild", after.base, merger, len(folds), last.task, last.update, last.state)
+    return replace(rebuilt, why=why, weight=last.weight, factor=last.factor, folds=tuple(folds))
+
+
 def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:
     """The folds that made the state of the last of `entries`, oldest first: the journal with what was taken back left
     out.
@@ -195,6 +210,20 @@ def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:
     there before: they keep the entry that made them. A state may have been committed with several factors; what a
     rollback goes back to has the factor that the rollback names.
     """
+    return _course(entries, name, as_merged_again=True)
+
+
+def steps_of(entries: Iterable[Entry], name: str) -> list[Entry]:
+    """The entries by which the updates of the last of `entries` came in, one for each, oldest first.
+
+    They are those of `history_of`, with one difference: a rebuild that brought a new update, because the gate of the
+    line refused it by the recipe before, is the entry of that update, and the steps before it stay what they were, by
+    that recipe.
+    """
+    return _course(entries, name, as_merged_again=False)
+
+
+def _course(entries: Iterable[Entry], name: str, *, as_merged_again: bool) -> list[Entry]:
     kept: list[Entry] = []
     # a rollback may also go back to what was rolled back
     made: dict[tuple[StateRef | None, float], list[Entry]] = {(None, 1.0): kept}
@@ -202,11 +231,14 @@ def history_of(entries: Iterable[Entry], name: str) -> list[Entry]:
         if entry.action == "fold":
             kept = made[entry.state, entry.factor] = [*kept, entry]
         elif entry.action == "rebuild":
-            kept = []
+            before, kept = kept, []
             for one in _replayed(entry):
                 known = made.get((one.state, one.factor), [])
                 same = [*(old.fold for old in known)] == [*(old.fold for old in kept), one.fold]
-                kept = made[one.state, one.factor] = known if same else [*kept, one]
+                brought = bool(known) and known[-1].action == "rebuild" and _counted(known) == _counted([*kept, one])
+                kept = made[one.state, one.factor] = known if same or brought else [*kept, one]
+            if not as_merged_again and _counted(entry.folds[:-1]) == _counted(before):
+                kept = made[entry.state, entry.factor] = [*before, entry]
         elif entry.action == "rollback":
             if (entry.state, entry.factor) not in made:
                 raise Damaged(
@@ -230,28 +262,9 @@ def decode_entry(data: bytes, number: int, source: str) -> Entry:
     return found
 
 
-def rebuild_options(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The options of `deltaworks line rebuild` that lead from merger `held` to merger `wanted`."""
-    options: list[str] = []
-    for kind in ("merger", *_COMPOSED):
-        old, new = (_choice(spec, kind) for spec in (held, wanted))
-        if new.get("name") != old.get("name"):
-            options.append(f"--{kind} {new.get('name', 'none')}")
-            old = {}
-        prefix = "" if kind == "merger" else f"{kind}."
-        for key, value in new.items():
-            if key not in ("name", "version") and (key not in old or old[key] != value):
-                text = value if isinstance(value, str) else json.dumps(value)
-                options.append(f"--set {shlex.quote(f'{prefix}{key}={text}')}")
-    return " ".join(options)
-
-
-def _choice(spec: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """The settings of one of a recipe's choices; empty if it has none of the kind."""
-    if kind == "merger":
-        return {key: value for key, value in spec.items() if key not in _COMPOSED}
-    found: Mapping[str, Any] = spec.get(kind) or {}
-    return found
+def _counted(some: Sequence[Entry | Fold]) -> list[tuple[UpdateRef | None, float]]:
+    """The updates, and how much each counts: what a rebuild by another recipe leaves as it is."""
+    return [(one.update, one.weight) for one in some]
 
 
 def _replayed(entry: Entry) -> Iterator[Entry]:

@@ -121,7 +121,11 @@ class Registry:
                     source = self._log_folder(parent, folder)
                 self._ensure_model(step.name)
                 found = self._client.create_model_version(
-                    step.name, source, run_id=parent, tags=_fit(tags, _TAG_LIMIT), description=description
+                    step.name,
+                    source,
+                    run_id=parent,
+                    tags=_fit(tags, _TAG_LIMIT),
+                    description=_cut(description, _TAG_LIMIT),  # as wide as MLflow's column, which Postgres enforces
                 )
             version = ModelVersion(step.name, int(found.version), str(found.run_id), fresh)
             self._move_head(version)
@@ -278,6 +282,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _fit(values: Mapping[str, Any], limit: int) -> dict[str, str]:
-    return {
-        name: text if len(text := str(value)) <= limit else f"{text[: limit - 1]}…" for name, value in values.items()
-    }
+    return {name: _cut(str(value), limit) for name, value in values.items()}
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from storage.errors import InvalidInput
 from storage.refs import CheckpointRef, ScoresRef
 
 FOLDER = "model"  # in the artifacts of the version's run
@@ -29,6 +31,23 @@ class Rows:
 
     example: Sequence[Any] = ()
     shape: tuple[int, ...] | None = None
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Refusals as MLflow's server passes them on: of other errors its client learns nothing. They stay InvalidInput."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+
+    class Refused(InvalidInput, MlflowException):
+        def __init__(self, said: str) -> None:
+            MlflowException.__init__(self, said, error_code=BAD_REQUEST)
+            self.remedy = ""  # it is in what is said
+
+    try:
+        yield
+    except InvalidInput as error:
+        raise Refused(str(error)) from error
 
 
 def folder_of(

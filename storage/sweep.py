@@ -24,6 +24,8 @@ from storage.artifacts import ArtifactStore
 from storage.errors import Damaged, InvalidInput, Missing
 from storage.keys import Listed
 from storage.many import Report, each, silent
+from storage.measured import PREFIX as MEASURED
+from storage.measured import model_of
 from storage.needs import Needs
 from storage.pins import pins
 from storage.refs import KINDS, Ref, parse_ref, short
@@ -88,6 +90,7 @@ class _Store:
     blobs: dict[str, Listed] = field(default_factory=dict)
     memos: dict[str, Listed] = field(default_factory=dict)
     saves: list[Listed] = field(default_factory=list)
+    measured: list[Listed] = field(default_factory=list)
     remembered: dict[str, Ref | None] = field(default_factory=dict)
     journals: Journals = field(default_factory=lambda: Journals(()))
 
@@ -107,6 +110,8 @@ class _Store:
                 found.memos[one.key] = one
             elif kind == "training":
                 found.saves.append(one)
+            elif one.key.startswith(MEASURED):
+                found.measured.append(one)
         keys = list(found.memos)
         found.remembered = dict(zip(keys, each(keys, lambda key: _remembered(store, key)), strict=True))
         found.journals = read_journals(store.objects)
@@ -137,6 +142,8 @@ def mark(
         if (gave := there.remembered[key]) is None or gave in gone or gave not in there.manifests
     ]
     stale += there.saves  # of trainings that were given up: one that is under way writes a new save in time
+    orphans = [one for one in there.measured if (model := model_of(one.key)) not in there.manifests or model in gone]
+    stale += orphans
     loose = [one for blob, one in there.blobs.items() if blob not in needed]
     return Condemned(
         tuple(one for one in stale if one.modified < since),
@@ -145,7 +152,7 @@ def mark(
         (
             *(one for ref, one in there.manifests.items() if ref in kept and ref not in firm),
             *(one for blob, one in there.blobs.items() if blob in needed and blob not in firmly),
-            *(one for one in (*loose, *there.saves) if one.modified >= since),
+            *(one for one in (*loose, *there.saves, *orphans) if one.modified >= since),
         ),
         tuple(sorted(ref for ref in roots if ref not in there.manifests)),
     )

@@ -15,6 +15,8 @@ from storage.errors import Damaged, Missing
 from storage.histories import append_entries, check_same_history, read_entries
 from storage.manifest import digest
 from storage.many import Report, Room, each, silent
+from storage.measured import PREFIX as MEASURED
+from storage.measured import model_of
 from storage.needs import Needs
 from storage.pins import PREFIX
 from storage.refs import Ref, short
@@ -124,12 +126,16 @@ def _sizes(target: ArtifactStore, keys: Sequence[str]) -> dict[str, int]:
 
 
 def _notes(source: ArtifactStore, target: ArtifactStore, bad: set[str]) -> int:
-    """Pins, and memos of what was sent. They prove nothing, so that what the target has already stays."""
-    there = {*target.objects.list(PREFIX), *target.objects.list("memo/")}
-    keys = [key for prefix in (PREFIX, "memo/") for key in source.objects.list(prefix) if key not in there]
+    """Pins, memos, and what was measured. They prove nothing, so that what the target has already stays."""
+    prefixes = (PREFIX, "memo/", MEASURED)
+    there = {key for prefix in prefixes for key in target.objects.list(prefix)}
+    keys = [key for prefix in prefixes for key in source.objects.list(prefix) if key not in there]
 
     def send(key: str) -> int:
-        if key.startswith(PREFIX) and key.removeprefix(PREFIX) in bad:
+        named = (
+            key.removeprefix(PREFIX) if key.startswith(PREFIX) else model_of(key) if key.startswith(MEASURED) else ""
+        )
+        if named is None or named in bad:
             return 0
         try:
             return int(target.objects.create(key, source.objects.get(key)))

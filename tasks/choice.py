@@ -6,7 +6,7 @@ numbers change and so ends the reuse of earlier results. A family is a union of 
     AnyCodec = Annotated[Dense | Ternary, BY_NAME]
 
 The union is the only list: mypy, the validation of configs, the lookup table (`choices`) and the contract tests all
-read it. `BY_NAME` is the one thing of pydantic that `configs` cannot add from outside, so it is imported here.
+read it. `BY_NAME` and `number_or_mapping` are of pydantic, which `configs` cannot add from outside, and stand here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,25 @@ from dataclasses import asdict, dataclass, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import Discriminator
+from pydantic import Discriminator, Tag
 
 from storage.errors import InvalidInput
 
 BY_NAME = Discriminator("name")
+NUMBER, MAPPING = Tag("number"), Tag("mapping")  # the members of a union that `number_or_mapping` tells apart
+
+
+def number_or_mapping(expected: str) -> Discriminator:
+    """Tells the members of a union apart by their form, so that what is wrong with one is not held against the other.
+
+    `expected`: what both are, in words, for the error over something else."""
+
+    def tag(value: Any) -> str | None:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return NUMBER.tag
+        return MAPPING.tag if isinstance(value, dict) or is_dataclass(value) else None
+
+    return Discriminator(tag, custom_error_type="form", custom_error_message=f"must be {expected}")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,21 @@ does not know a task yet is measured on it too. So a merge may cost old tasks a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from tasks.choice import Choice, require
+from tasks.choice import MAPPING, NUMBER, Choice, number_or_mapping, require
+from tasks.retry import OtherRecipe
 
 OnFailure = Literal["keep", "leave_out", "stop"]
+Tried = Annotated[
+    Annotated[float, NUMBER] | Annotated[OtherRecipe, MAPPING],
+    number_or_mapping("a factor such as 0.5, or a recipe such as {merger: {name: tsv_m}}"),
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,13 @@ class Gate(Choice):
     of_alone: the least that every task keeps of the score of its own model
     retained: the least that is kept of what the base could do (the chain's `retained`)
     significance: refused if it is worse than the champion at this level of a one-sided paired test over all rows
-    retry: factors, such as (0.5, 0.75), by which the merged delta is written instead if it fails as it is, one after
-        the other until one passes. Each of them is one more look at the test rows: keep the list short
-    on_failure: what becomes of a merge that fails, with every factor
+    retry: what is tried if it fails as it is, one after the other until one passes. Each is one more look at the test
+        rows: keep the list short
+        0.5                        the merged delta is written by this factor
+        {merger: {name: tsv_m}}    all updates of the line are merged again by this recipe, and the newest with them;
+                                   if that passes, the line goes on by it. A recipe names a merger, a scaling or a
+                                   sparsifier (`{name: none}`: without); what it does not name stays as the line has it
+    on_failure: what becomes of a merge that fails, whatever was tried
         keep       it stays in the line, and the next update is merged onto it; the champion stays who it was
         leave_out  it does not enter the line, which goes on without that update
         stop       it does not enter the line, and the chain ends there
@@ -41,7 +50,7 @@ class Gate(Choice):
     of_alone: float | None = None
     retained: float | None = None
     significance: float | None = 0.05
-    retry: tuple[float, ...] = ()
+    retry: tuple[Tried, ...] = ()
     on_failure: OnFailure = "keep"
 
     def __post_init__(self) -> None:
@@ -50,20 +59,24 @@ class Gate(Choice):
             require(share is None or 0 <= share <= 1, rule, "null or in [0, 1]", share)
         level = self.significance
         require(level is None or 0 < level < 1, "significance", "null or in (0, 1)", level)
-        require(all(0 < factor < inf for factor in self.retry), "retry", "factors, finite and positive", self.retry)
+        factors = [one for one in self.retry if not isinstance(one, OtherRecipe)]
+        require(all(0 < factor < inf for factor in factors), "retry", "factors, finite and positive", self.retry)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a model reached: the leading score of each task, what each test row gave, and what it kept of the base."""
+    """What a model reached: the leading score of each task, what each test row gave, and what it kept of the base.
+
+    `abilities`: its scores on what the base can do, of which `retained` is the share that is left."""
 
     scores: Mapping[str, float]
     outcomes: Mapping[str, Sequence[float]]
     retained: float | None = None
+    abilities: Mapping[str, float] = field(default_factory=dict)
 
     def joined(self, other: Standing) -> Standing:
         """With the tasks of another evaluation of the same model."""
-        return Standing({**self.scores, **other.scores}, {**self.outcomes, **other.outcomes}, self.retained)
+        return replace(self, scores={**self.scores, **other.scores}, outcomes={**self.outcomes, **other.outcomes})
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from storage.lines import Entry
 from storage.manifest import canonical, digest
 from storage.refs import CheckpointRef, ScoresRef, short
 from storage.registry import DataInput, ModelVersion, Registry, Stage
+from storage.registry_lines import LineVersions
 from storage.registry_pyfunc import folder_of
 from tasks.checkpoints import HISTORY
+from tasks.describing import describe
 from tasks.evaluate import Summary, read_scores
 from tasks.fine_tune import trained_from
 from tasks.gate import Verdict
 from tasks.lineage.kept import keep_lineage
-from tasks.lineage.versions import COST, MEASURED
+from tasks.lineage.versions import ABLE, COST, MEASURED
 from tasks.serving import LOADER, PARAMETERS, SETTINGS, rows_of
 from tasks.surroundings import surroundings
 
@@ -36,14 +38,16 @@ def register(
     left_out: bool = False,
     measured: Sequence[ScoresRef] = (),
     costs: Mapping[str, Mapping[str, Any]] | None = None,
+    able: Sequence[ScoresRef] = (),
 ) -> ModelVersion:
     """Write the last of `entries`, the folds of `line` so far, to the registry: a version with all that made it.
 
     `model` is the merged checkpoint and `scores` what it reached; `summary` says what that means for the line, and
     `verdict` what its gate says: whether this version is the new champion. `left_out`: the last entry did not enter
     the line. What came without data to evaluate it on has no scores and no summary. `measured`: scores of the models
-    beside it, the base and the one that was tuned for the last update. `costs`: ref -> `seconds` and `device`, as far
-    as they are known. The page of its lineage is written too, by `tasks/lineage`.
+    beside it, the base, the one that was tuned for the last update, the merged one before it. `able`: of the base and
+    of this model on what the base can do. `costs`: ref -> `seconds` and `device`, as far as they are known. The page of
+    its lineage is written too, by `tasks/lineage`.
     """
     entry = entries[-1]
     assert entry.update is not None and entry.state is not None
@@ -73,13 +77,14 @@ def register(
         tags["factor"] = f"{entry.factor:g}"
     if measured:
         tags[MEASURED] = " ".join(measured)
+    if able:
+        tags[ABLE] = " ".join(able)
     numbers = {name: value for name, value in (summary.__dict__ if summary else {}).items() if value is not None}
     if verdict is not None:
         numbers |= {f"gate/{name}": value for name, value in verdict.facts.items()}
     stages = [_with_cost(stage, costs or {}) for stage in _stages(store, entry, model, scores)]
-    told = {
-        ref: costs[ref] for ref in [*(stage.ref for stage in stages), entry.base, *measured] if costs and ref in costs
-    }
+    refs = [*(stage.ref for stage in stages), entry.base, *measured, *able]
+    told = {ref: costs[ref] for ref in refs if costs and ref in costs}
     if told:
         tags[COST] = canonical(
             {short(ref): [one.get("seconds"), one.get("device")] for ref, one in told.items()}
@@ -87,7 +92,8 @@ def register(
     accuracies = {f"accuracy/{name}": value for name, value in stages[-1].metrics.items()} if scores else {}
     step = Stage(line, model, {"merger": dict(entry.merger)}, {**numbers, **accuracies}, tags=tags)
     key = step_key(store, line, entries, left_out)
-    described = _describe(entries, summary, verdict, left_out)
+    before = LineVersions(registry, line).one(str(parent)) if parent else None
+    described = describe(line, entries, scores, summary, verdict, left_out, before, store)
     rows = rows_of(store.open(model, "checkpoint"))
     folder = folder_of(model, store.url, LOADER, SETTINGS, PARAMETERS, scores, rows)
     made = registry.register(
@@ -105,27 +111,6 @@ def step_key(store: ArtifactStore, line: str, entries: Sequence[Entry], left_out
     entry = entries[-1]
     scaled = [] if entry.factor == 1 else [entry.factor]
     return digest(canonical([store.url, line, entry.number, entry.state, *scaled, *["left out"] * left_out]))
-
-
-def _describe(entries: Sequence[Entry], summary: Summary | None, verdict: Verdict | None, left_out: bool) -> str:
-    """The sentences that open the page of a version."""
-    if summary is None:
-        tasks = " + ".join(entry.task for entry in entries)
-        return f"{tasks}, merged one by one with {entries[-1].merger['name']}: not evaluated"
-    forgot = "" if summary.forgetting is None else f", forgetting {100 * summary.forgetting:.1f} points"
-    merged = " + ".join(entry.task for entry in entries)
-    return (
-        f"{merged}, merged one by one with {entries[-1].merger['name']}: average {100 * summary.average:.1f} %, "
-        f"worst task {100 * summary.worst:.1f} %{forgot}{_judged(verdict, left_out)}"
-    )
-
-
-def _judged(verdict: Verdict | None, left_out: bool) -> str:
-    if verdict is None:
-        return ""
-    if verdict.passed:
-        return ". The gate let it through"
-    return f". The gate did not let it through{', and it was left out' * left_out}: {'; '.join(verdict.reasons)}"
 
 
 def _start(store: ArtifactStore, update: str) -> str | None:

@@ -20,7 +20,7 @@ from storage.artifacts import Artifact, ArtifactStore
 from storage.errors import DeltaworksError, InvalidInput, Mismatch, Missing, Unavailable, rebuilt
 from storage.manifest import Lineage
 from storage.refs import Ref, parse_ref, short
-from storage.registry_pyfunc import Rows
+from storage.registry_pyfunc import Rows, answering
 from tasks.checkpoints import load_model, skeleton_of
 from tasks.choice import restored
 from tasks.suites import AnySuite
@@ -114,7 +114,6 @@ class Served:
             self._reader.tokenizer.padding_side = "left" if self._generates else "right"
             require_fitting(self._reader.tokenizer, self._model)
 
-    @torch.inference_mode()
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
         """The answers to the rows of a list, an array or a DataFrame with one column, in their order.
 
@@ -122,8 +121,10 @@ class Served:
         model takes, and for a task that is not known.
         """
         task = str((params or {}).get("task") or self._settings["task"])
-        if task:
-            return self._by_head(task, model_input)
+        with answering(), torch.inference_mode():
+            return self._by_head(task, model_input) if task else self._by_itself(model_input)
+
+    def _by_itself(self, model_input: Any) -> Any:
         parts = [self._fitting(batch, self._answer) for batch in self._batches(model_input)]
         if self._classifies or self._generates:
             return [row for part in parts for row in part]

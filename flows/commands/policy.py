@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from configs.exam import Exam
     from storage.artifacts import ArtifactStore
     from storage.refs import CheckpointRef
+    from tasks.retry import OtherRecipe
 
 
 def line_policy(
@@ -86,6 +87,7 @@ def _intake_lines(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _exam_lines(exam: Exam | None) -> Iterator[str]:
+    from tasks.retry import OtherRecipe
     from tasks.suites import source_of
 
     if exam is None:
@@ -96,5 +98,16 @@ def _exam_lines(exam: Exam | None) -> Iterator[str]:
     for one in exam.retained:
         yield f"retained {one.name}: {one.suite.name}, {source_of(one.suite)}"
     gate = exam.gate.spec() if exam.gate else {}
-    rules = ", ".join(f"{key} {value}" for key, value in gate.items() if key not in ("name", "version") and value)
+    rules = ", ".join(
+        f"{key} {value}" for key, value in gate.items() if key not in ("name", "version", "retry") and value
+    )
     yield f"gate     {rules or 'none: nobody is the champion'}"
+    for other in exam.gate.retry if exam.gate else ():
+        yield f"retry    {_named(other) if isinstance(other, OtherRecipe) else f'factor {other:g}'}"
+
+
+def _named(recipe: OtherRecipe) -> str:
+    from flows.tables import recipe_text
+
+    kinds = {"merger": recipe.merger, "sparsify": recipe.sparsify, "scaling": recipe.scaling}
+    return "; ".join(f"{kind} {recipe_text(one.spec())}" for kind, one in kinds.items() if one is not None)

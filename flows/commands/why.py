@@ -100,6 +100,8 @@ def _print(
     last = entries[-1]
     onto = f"{before} + " if before else ""
     said = f"{one} is {onto}{last.task} ({short(last.fold.update)}), by {last.merger['name']}"
+    if before is not None and before.tags["merger"] != one.tags["merger"]:
+        said += f", by which all were merged again{f': {last.why}' if last.why else ''}"
     console.print(said, markup=False, soft_wrap=True)
     console.print(_changes(found))
     if causes:

@@ -37,23 +37,22 @@ def lineage_of(
     costs: Mapping[str, Mapping[str, Any]],
     version: Known | None = None,
     newest: int | None = None,
+    able: Scored | None = None,
 ) -> Lineage:
     """The graph of `merges`, the last of the line itself being the version.
 
     `costs`: ref, cut short as people write it -> seconds and device. `newest`: draw no more than so many merges of the
-    line; what its scores say is of all of them.
-    """
+    line; what its scores say is of all of them. `able`: scores on what the base can do."""
     inside = [one for one in merges if not one.aside]
     last = inside[-1].entry
-    drawn = inside[-newest:] if newest else inside
+    drawn = inside[-newest:] if newest else [*inside]
     earlier = len(inside) - len(drawn)
     states = {drawn[0].after, *(one.entry.state for one in drawn)}
-    drawn = [*drawn, *(one for one in merges if one.aside and one.after in states)]
-    known = accuracy_of(
-        [(one.entry, one.model) for one in inside], last.base, _tuned_of(drawn, store), scored, len(inside) - earlier
-    )
+    drawn += [one for one in merges if one.aside and one.after in states]
+    models = [(one.entry, one.model or one.before) for one in inside]
+    known = accuracy_of(models, last.base, _tuned_of(drawn, store), scored, len(inside) - earlier, able)
     drawing = _Drawing(store, known, scored, costs)
-    drawing.base(last.base, known)
+    drawing.base(last.base)
     for number, merge in enumerate(drawn, 1):
         drawing.merge(number, merge)
     return Lineage(
@@ -103,10 +102,10 @@ class _Drawing:
         self._base = ""
         self._base_blobs: set[str] = set()
 
-    def base(self, ref: str, accuracy: Accuracy) -> None:
+    def base(self, ref: str) -> None:
         self._base = ref
         artifact = _opened(self._store, ref)
-        figures: dict[str, Any] = {"average": accuracy.base_average}
+        figures: dict[str, Any] = {"average": self._accuracy.base_average}
         title = short(ref, 8)
         if artifact is not None:
             manifest = artifact.manifest
@@ -135,7 +134,7 @@ class _Drawing:
     def _model(self, row: int, merge: Merge, pages: Mapping[str, str]) -> None:
         entry, model = merge.entry, merge.model
         artifact = _opened(self._store, model)
-        figures: dict[str, Any] = {} if merge.aside else dict(self._accuracy.figures(merge.entry))
+        figures: dict[str, Any] = {} if merge.aside or model is None else dict(self._accuracy.figures(merge.entry))
         if merge.aside and model:
             scores = self._scored.leading(model)
             figures = {"average": sum(scores.values()) / len(scores), "worst": min(scores.values())} if scores else {}
@@ -148,7 +147,9 @@ class _Drawing:
             if one.verdict:
                 notes.append(f"gate of version {one.number}: {one.verdict}{f', {one.reasons}' if one.reasons else ''}")
         if model is None:
-            notes.append("its ref is not known")
+            notes.append(
+                "merged again with a later update, and not written" if merge.before else "its ref is not known"
+            )
         if not merge.versions:
             notes.append("not registered")
         ref = model or f"model/{str(entry.state).partition('/')[2]}"

@@ -45,6 +45,7 @@ class Merge:
     versions: tuple[Known, ...] = ()
     aside: bool = False
     written: str | None = None  # the model, where no version names it
+    before: str | None = None  # what the line was after it, where another recipe merged it again: what scores are of
 
     @property
     def model(self) -> str | None:
@@ -58,7 +59,8 @@ class Node:
     row:     the merge that it belongs to, from 1; 0 for the base
     ref:     None for data, which is not in the store
     stored:  whether its manifest is in the store
-    figures: key figures: `score`, `average`, `worst`, `forgetting` as shares; `bytes`; `norm`; `seconds` ...
+    figures: key figures: `score`, `average`, `worst`, `forgetting`, `forward transfer`, `held out`,
+             `trade-off` as shares; `bytes`; `norm`; `seconds` ...
     notes:   sentences
     links:   word -> address of a page in MLflow
     badges:  aliases that point to it, and what its gate refused

@@ -21,6 +21,7 @@ from tasks.lineage.measures import Measures
 from tasks.lineage.nodes import Kind, Lineage, Node
 from tasks.lineage.picture import links, svg, templates, web_address
 from tasks.lineage.scored import Row
+from tasks.lineage.trajectory import plane, trajectory
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ def page(lineage: Lineage, measures: Measures, description: str = "") -> str:
     """The page as HTML."""
     found = templates().get_template("page.html")
     accuracy, alike, layers = accuracy_heat(lineage), alike_heat(measures), layer_heat(measures)
+    places = trajectory(lineage)
     return found.render(
         lineage=lineage,
-        description=description,
+        description=[said.replace("`", "") for said in description.split("\n\n") if said],
         graph=svg(lineage, alone=False),
         data=embedded([_detail(number, node) for number, node in enumerate(lineage.nodes)]),
         head=list(_head(lineage)),
@@ -70,6 +72,8 @@ def page(lineage: Lineage, measures: Measures, description: str = "") -> str:
         page=web_address(lineage.page),
         accuracy=accuracy,
         chart=score_chart(lineage),
+        places=places,
+        trajectory=plane(places) if places else None,
         alike=alike,
         conflicts=conflict_heat(measures),
         layers=layers,
@@ -226,7 +230,7 @@ def _head(lineage: Lineage) -> Iterator[tuple[str, str]]:
     """The numbers that people look for first."""
     models = [node for node in lineage.of_kind("model") if not node.aside]
     figures = models[-1].figures if models else {}
-    for name in ("average", "worst", "forgetting"):
+    for name in ("average", "worst", "forgetting", "forward transfer", "held out", "trade-off"):
         if name in figures:
             yield words.label(name), words.figure(name, figures[name])
     yield "updates", str(lineage.earlier + len([node for node in lineage.of_kind("state") if not node.aside]))

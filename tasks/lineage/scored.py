@@ -13,7 +13,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import Damaged, Missing
 from storage.lines import Entry
 from storage.refs import parse_ref
-from tasks.evaluate import ScoreRow, Summary, read_scores, summarise
+from tasks.evaluate import ScoreRow, Summary, read_scores, summarise, tradeoff, with_abilities
 
 _ROUND = "."
 
@@ -85,27 +85,42 @@ def task_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the matrix: R[step, task] after one more merge, and what that means for the line."""
+    """A row of the matrix: R[step, task] after one more merge, and what that means for the line.
+
+    `able`: what the model reaches on what the base can do; nothing if that was not measured."""
 
     step: int
     merged: str
     scores: Mapping[str, ScoreRow]
     summary: Summary | None = None
+    able: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def average(self) -> float | None:
         return sum(one.value for one in self.scores.values()) / len(self.scores) if self.scores else None
 
+    @property
+    def held_out(self) -> float | None:
+        return sum(self.able.values()) / len(self.able) if self.able else None
+
+    @property
+    def tradeoff(self) -> float | None:
+        """Of the tasks that were measured and of the base's abilities: see tasks/evaluate.py."""
+        gained, held = self.average, self.held_out
+        return None if gained is None or held is None else tradeoff(gained, held)
+
 
 @dataclass(frozen=True)
 class Accuracy:
     """The accuracy matrix: `rows` by step, `tasks` in the order of merging, then `suites`, which the exam of the line
-    asks of every merge. `base` and `alone`: what the base and each task's own model reach."""
+    asks of every merge. `base` and `alone`: what the base and each task's own model reach. `able`: what the base
+    reaches on what it can do."""
 
     tasks: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     base: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, float] = field(default_factory=dict)
+    able: Mapping[str, float] = field(default_factory=dict)
     suites: tuple[str, ...] = ()
 
     @property
@@ -123,20 +138,29 @@ class Accuracy:
         row = next((row for row in self.rows if row.step == entry.step), None)
         if row is None or not row.scores:
             return {}
-        forgot = row.summary.forgetting if row.summary else None
+        said = row.summary
         return {
             "average": row.average,
             "worst": min(one.value for one in row.scores.values()),
-            "forgetting": forgot,
+            "forgetting": said.forgetting if said else None,
+            "forward transfer": said.forward_transfer if said else None,
+            "held out": row.held_out,
+            "trade-off": row.tradeoff,
         }
 
 
 def accuracy_of(
-    steps: Sequence[tuple[Entry, str | None]], base: str, tuned: Mapping[str, str], scored: Scored, newest: int
+    steps: Sequence[tuple[Entry, str | None]],
+    base: str,
+    tuned: Mapping[str, str],
+    scored: Scored,
+    newest: int,
+    able: Scored | None = None,
 ) -> Accuracy:
     """The matrix of a line's merges, each given with the model that it made; what is not known is left out of it.
 
-    `tuned`: update -> the model that was tuned for it. `newest`: so many rows, and the tasks merged in them.
+    `tuned`: update -> the model that was tuned for it. `newest`: so many rows, and the tasks merged in them. `able`:
+    scores on what the base can do.
     """
     tasks = list(dict.fromkeys(task_of(entry.task) for entry, _ in steps))
     alone: dict[str, float] = {}
@@ -145,27 +169,45 @@ def accuracy_of(
         if value is not None:
             alone[task_of(entry.task)] = value  # of several rounds, the newest
     rows: list[Row] = []
+    abilities = able.leading(base) if able else {}
     for number, (entry, model) in enumerate(steps, 1):
         seen = list(dict.fromkeys(task_of(one.task) for one, _ in steps[:number]))
         found = scored.rows(model) if model else {}
         scores = {task: found[task] for task in seen if task in found}
         asked = scored.asked(model) if model else {}
         exam = {name: row for name, row in asked.items() if name not in tasks}
-        rows.append(Row(entry.step, entry.task, {**scores, **exam}))
+        left = able.leading(model) if able and model else {}
+        kept_of_them = {name: left[name] for name in abilities} if abilities.keys() <= left.keys() else {}
+        rows.append(Row(entry.step, entry.task, {**scores, **exam}, able=kept_of_them))
     measured = {task for row in rows for task in row.scores}
     suites = dict.fromkeys(name for row in rows[-newest:] for name in row.scores if name not in tasks)
-    before = scored.leading(base)
+    unmet = scored.leading(base)
     kept = {task_of(entry.task) for entry, _ in steps[-newest:]}
     return Accuracy(
         tuple(task for task in tasks if task in kept and (task in measured or task in alone)),
-        tuple(_summarised(rows, alone, newest)),
-        {task: before[task] for task in (*tasks, *suites) if task in before},
+        tuple(_summarised(rows, alone, _ahead(steps, scored), Accuracy(base=unmet, able=abilities), newest)),
+        {task: unmet[task] for task in (*tasks, *suites) if task in unmet},
         alone,
+        abilities,
         tuple(suites),
     )
 
 
-def _summarised(rows: Sequence[Row], alone: Mapping[str, float], newest: int) -> list[Row]:
+def _ahead(steps: Sequence[tuple[Entry, str | None]], scored: Scored) -> dict[str, float]:
+    """Task -> what the model right before its first merge reached on it, as far as that was measured."""
+    found: dict[str, float] = {}
+    met, before = set[str](), None
+    for entry, model in steps:
+        task = task_of(entry.task)
+        value = scored.leading(before).get(task) if before and task not in met else None
+        found |= {} if value is None else {task: value}
+        met, before = met | {task}, model
+    return found
+
+
+def _summarised(
+    rows: Sequence[Row], alone: Mapping[str, float], ahead: Mapping[str, float], base: Accuracy, newest: int
+) -> list[Row]:
     """The newest rows with what they say, as far as every task that was merged by then was measured, at every step."""
     found: list[Row] = []
     matrix: list[dict[str, float]] = []
@@ -175,5 +217,6 @@ def _summarised(rows: Sequence[Row], alone: Mapping[str, float], newest: int) ->
         whole = whole and merged <= set(row.scores)
         matrix.append({task: one.value for task, one in row.scores.items() if task in merged})
         if number > len(rows) - newest:
-            found.append(replace(row, summary=summarise(matrix, alone)) if whole else row)
+            said = with_abilities(summarise(matrix, alone, ahead, base.base), row.able, base.able) if whole else None
+            found.append(replace(row, summary=said))
     return found

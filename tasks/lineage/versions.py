@@ -17,7 +17,7 @@ from tasks.lineage.scored import Scored
 if TYPE_CHECKING:
     from storage.registry_lines import LineVersion
 
-COST, MEASURED = "cost", "measured"  # tags of a version, see tasks/register.py
+COST, MEASURED, ABLE = "cost", "measured", "able"  # tags of a version, see tasks/register.py
 _GATE, _REASONS = "gate", "gate.reasons"
 
 
@@ -39,6 +39,8 @@ def version_lineage(
     known = {one.number: _known(one, (pages or {}).get(one.number, {})) for one in versions}
     entries = entries_of(version, versions, journal)
     merges = merges_of(entries, [known[one.number] for one in versions if not one.left_out or one == version])
+    before = _models_before(version, versions)
+    merges = [one if one.model else replace(one, before=before.get(one.entry.step)) for one in merges]
     states = {one.entry.state for one in merges}
     for one in versions:
         parent = _numbered(versions, one.tags.get("parent_version"))
@@ -47,7 +49,8 @@ def version_lineage(
             number = entries[-1].number + 1
             merges.append(Merge(_entry(one, number), after, (known[one.number],), aside=True))
     seen = scored or registered_scores(versions, store)
-    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number], newest)
+    able = Scored(store, _named(versions, ABLE))
+    return lineage_of(version.name, merges, store, seen, costs_of(versions), known[version.number], newest, able)
 
 
 def entry_lineage(line: str, entries: Sequence[Entry], store: ArtifactStore, scored: Scored) -> Lineage:
@@ -83,8 +86,12 @@ def entries_of(version: LineVersion, versions: Sequence[LineVersion], journal: S
 def registered_scores(versions: Sequence[LineVersion], store: ArtifactStore, everything: bool = False) -> Scored:
     """The scores that versions name; or these and all others of the store, which is one read for each."""
     of = {one.tags["model"]: one.tags["scores"] for one in versions if "scores" in one.tags and "model" in one.tags}
-    named = dict.fromkeys(ref for one in versions for ref in one.tags.get(MEASURED, "").split())
-    return Scored(store, store.refs("scores") if everything else named, of)
+    return Scored(store, store.refs("scores") if everything else _named(versions, MEASURED), of)
+
+
+def _named(versions: Sequence[LineVersion], tag: str) -> list[str]:
+    """The scores that a tag of the versions names, each once."""
+    return list(dict.fromkeys(ref for one in versions for ref in one.tags.get(tag, "").split()))
 
 
 def costs_of(versions: Sequence[LineVersion]) -> dict[str, dict[str, Any]]:
@@ -134,6 +141,17 @@ def entries_at(line: str, which: str | None, journal: Sequence[Entry]) -> tuple[
     if not entries:
         raise InvalidInput(f"line {line!r} has merged nothing by entry {number}", remedy="Name a later entry")
     return number, entries
+
+
+def _models_before(version: LineVersion, versions: Sequence[LineVersion]) -> dict[int, str]:
+    """Step -> the model of the version that the line had after it, of those that led to this one."""
+    found: dict[int, str] = {}
+    parent = _numbered(versions, version.tags.get("parent_version"))
+    while parent is not None and parent.step not in found:
+        if "model" in parent.tags:
+            found[parent.step] = parent.tags["model"]
+        parent = _numbered(versions, parent.tags.get("parent_version"))
+    return found
 
 
 def _numbered(versions: Sequence[LineVersion], number: str | None) -> LineVersion | None:

@@ -26,11 +26,12 @@ _SHOWN: Mapping[Kind, tuple[str, ...]] = {
     "state": ("merger", "bytes"),
     "model": ("average", "forgetting", "bytes"),
 }
-_SHARES = ("average", "worst", "score", "density", "error")
+_SHARES = ("average", "worst", "score", "density", "error", "held out", "trade-off")
 _LABELS = {
     "error": "worst error of a tensor",
     "average": "average score",
     "worst": "worst task",
+    "held out": "on what the base can do",
     "bytes": "size",
     "seconds": "took",
     "evaluation seconds": "evaluation took",
@@ -61,7 +62,7 @@ def percent(share: float | None) -> str:
 
 def figure(name: str, value: Any) -> str:
     """One key figure with its unit."""
-    if name == "forgetting":
+    if name in ("forgetting", "forward transfer"):
         return f"{100 * value:.1f} points"
     if name in _SHARES:
         return f"{100 * value:.1f} %"

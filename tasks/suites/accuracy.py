@@ -5,17 +5,15 @@ Accuracy leads; macro F1 tells of classes that are rare, the calibration error w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from storage.errors import InvalidInput
-from tasks.data import Rows
-from tasks.suites.base import Batch, Score, batches
+from tasks.suites.base import Score
 from tasks.suites.intervals import bootstrap, share
 
 _BINS = 15  # of confidence, of equal width: Guo et al. 2017
@@ -25,30 +23,22 @@ Floats = NDArray[np.float64]
 
 
 def accuracy_of(
-    model: nn.Module,
-    rows: Rows,
-    size: int,
-    collate: Callable[[list[dict[str, Any]]], Batch],
-    classes: int,
-    device: str,
-    report: Callable[[int, int], None],
+    logits: Iterable[Tensor], label_N: Tensor, classes: int, report: Callable[[int, int], None]
 ) -> list[Score]:
-    """How well the largest logit is the label of each of `rows`, `size` rows at a time; the model is on `device`.
+    """How well the largest logit is the label of each of N rows; `logits` [B, C] come in batches.
 
     Raises InvalidInput if there are none.
     """
     # it loads half of scipy: only for those who score
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-    probabilities, labels = [], []
-    for batch in batches(rows, size, collate):
-        there = {name: value.to(device) for name, value in batch.items()}
-        labels.append(there.pop("labels").cpu())
-        probabilities.append(model(**there)["logits"].float().softmax(dim=-1).cpu())
-        report(sum(map(len, labels)), len(rows))
-    if not labels:
+    probabilities = []
+    for logits_BC in logits:
+        probabilities.append(logits_BC.float().softmax(dim=-1).cpu())
+        report(sum(map(len, probabilities)), len(label_N))
+    if not probabilities:
         raise InvalidInput("the split is empty: nothing can be scored", remedy="Check the path and the split names")
-    probability_NC, label_N = torch.cat(probabilities), torch.cat(labels)
+    probability_NC = torch.cat(probabilities)
     confidence_N, guess_N = probability_NC.max(dim=-1)
     right_N = guess_N == label_N
     count = len(label_N)

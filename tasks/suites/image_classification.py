@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,12 @@ from tasks.checkpoints import load_model
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.accuracy import accuracy_of
-from tasks.suites.base import Batch, Score, first
+from tasks.suites.base import Batch, Score, batches, first
+from tasks.suites.features import Features
 from tasks.suites.heads import AnyHead, ClipText, CosineHead
 from tasks.suites.images import ImageReader
 from tasks.suites.labels import Labels, require_columns
-from tasks.suites.means import class_means
+from tasks.suites.means import class_means, kept_means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +79,7 @@ class ImageProblem:
         self._base = base
         self._reader = ImageReader(base)
         self._head: CosineHead | None = None
+        self.shared = Features()
         self._names = suite.data.class_names(suite.label)
         known = suite.head.names(self._names) if isinstance(suite.head, ClipText) else self._names
         self._labels = Labels(suite.head.count(self._names), known)
@@ -94,7 +96,7 @@ class ImageProblem:
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = torch.tensor([self._labels.number(self._column(row, self._suite.label)) for row in rows])
-        return {"pixel_values": torch.stack([self._pixels(row) for row in rows]), "labels": labels}
+        return {"pixel_values": self._stacked(rows), "labels": labels}
 
     @property
     def label_names(self) -> Sequence[str]:
@@ -107,7 +109,7 @@ class ImageProblem:
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+    def wrap(self, backbone: PreTrainedModel) -> Classifier:
         width = getattr(backbone.config, "hidden_size", None)
         if width is None:
             raise InvalidInput(f"{type(backbone).__name__} has no hidden_size: it is no vision backbone")
@@ -126,19 +128,38 @@ class ImageProblem:
         limit: int | None = None,
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
-        rows, suite = first(self.rows(split), limit), self._suite
-        return accuracy_of(model, rows, suite.batch, self.collate, self._labels.classes, device, report)
+        rows = first(self.rows(split), limit)
+        made = self._features(lambda: backbone, rows, device)
+        features = self.shared.of(self._inputs(split, limit), made)
+        logits = (model.head(one.to(device)) for one in features)
+        return accuracy_of(logits, self._labels.numbers(rows, self._suite.label), self._labels.classes, report)
+
+    def _features(self, backbone: Callable[[], nn.Module], rows: Rows, device: str) -> Iterator[Tensor]:
+        """[B, D] of every batch of rows. The backbone is asked for once they are."""
+        model, suite = backbone(), self._suite
+        for batch in batches(rows, suite.batch, lambda some: {"pixel_values": self._stacked(some)}):
+            yield feature_of(model, suite.feature, batch["pixel_values"].to(device))
+
+    def _inputs(self, split: Split, limit: int | None, **more: Any) -> dict[str, Any]:
+        """What decides the pixels that an encoder sees, and in which batches."""
+        suite = self._suite
+        seen = {"data": suite.data.spec(), "content": suite.data.fingerprint(), "split": split, "limit": limit}
+        seen["version"] = suite.version
+        return {**seen, "image": suite.image, "feature": suite.feature, "batch": suite.batch, **more}
 
     def _means(self, classes: int) -> Tensor:
-        base, suite = load_model(self._base, dtype=torch.float32).eval(), self._suite
+        seen = {**self._inputs("train", None), "label": self._suite.label, "names": list(self._labels.names or ())}
+        return kept_means(self._base, seen, classes, lambda: self._make_means(classes))
+
+    def _make_means(self, classes: int) -> Tensor:
+        rows = self.rows("train")
         with torch.no_grad():
-            return class_means(
-                lambda batch: feature_of(base, suite.feature, batch["pixel_values"]),
-                self.rows("train"),
-                suite.batch,
-                self.collate,
-                classes,
-            )
+            made = self._features(lambda: load_model(self._base, dtype=torch.float32).eval(), rows, "cpu")
+            features = self.shared.of(self._inputs("train", None, model="base"), made)
+            return class_means(features, self._labels.numbers(rows, self._suite.label), classes)
+
+    def _stacked(self, rows: list[dict[str, Any]]) -> Tensor:
+        return torch.stack([self._pixels(row) for row in rows])
 
     def _pixels(self, row: dict[str, Any]) -> Tensor:
         ready = row.get("pixel_values")

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from storage.errors import InvalidInput, Mismatch
 from tasks.data import Rows
 from tasks.data.base import column
@@ -43,6 +46,10 @@ class Labels:
         more = " ..." if self.names is not None and len(self.names) > _SHOWN else ""
         found = value if isinstance(value, int) else repr(value)
         raise Mismatch(where, expected=f"0 to {self.classes - 1}{listed}{more}", found=found)
+
+    def numbers(self, rows: Rows, name: str) -> Tensor:
+        """[N]: the labels of all rows."""
+        return torch.tensor([self.number(value) for value in column(rows, name)])
 
     def check(self, rows: Rows, name: str, split: str) -> None:
         """Look at every label, before anything is trained or scored."""

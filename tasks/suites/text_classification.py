@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,10 +18,11 @@ from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.accuracy import accuracy_of
 from tasks.suites.base import Batch, Score, first
+from tasks.suites.features import Features
 from tasks.suites.heads import AnyHead, ClassNames, CosineHead
 from tasks.suites.labels import Labels, require_columns
-from tasks.suites.means import class_means
-from tasks.suites.texts import SHOWN, Pooling, TextReader, features, pooled, require_fitting
+from tasks.suites.means import class_means, kept_means
+from tasks.suites.texts import SHOWN, Pooling, Reading, TextReader, features, pooled, require_fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +83,7 @@ class TextProblem:
         self._names: ClassNames = suite.labels or suite.data.class_names(suite.label)
         self._labels = Labels(suite.head.count(self._names), self._names)
         self._head: CosineHead | None = None
+        self.shared = Features()
 
     def rows(self, split: Split) -> Rows:
         rows = self._suite.data.rows(split)
@@ -115,7 +118,7 @@ class TextProblem:
     def counted(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def wrap(self, backbone: PreTrainedModel) -> nn.Module:
+    def wrap(self, backbone: PreTrainedModel) -> TextClassifier:
         require_fitting(self._reader.tokenizer, backbone)
         if self._head is None:
             self._head = self._build(backbone.config.hidden_size)
@@ -131,8 +134,14 @@ class TextProblem:
         limit: int | None = None,
     ) -> list[Score]:
         model = self.wrap(backbone).to(device).eval()
-        rows, suite = first(self.rows(split), limit), self._suite
-        return accuracy_of(model, rows, suite.batch, self.collate, self._labels.classes, device, report)
+        rows = first(self.rows(split), limit)
+        logits = (model.head(one.to(device)) for one in self._features(lambda: backbone, rows, device))
+        return accuracy_of(logits, self._labels.numbers(rows, self._suite.label), self._labels.classes, report)
+
+    def _features(self, backbone: Callable[[], nn.Module], rows: Rows, device: str, **more: Any) -> Iterator[Tensor]:
+        texts = [self._texts(rows[number]) for number in range(len(rows))]
+        reading = Reading(self._reader, self._suite.pooling, self._suite.batch, device)
+        return reading.features(backbone, texts, self.shared, **more)
 
     def _build(self, width: int) -> CosineHead:
         """The head. One made of label names asks the base, not the model that is tuned or scored: it never moves."""
@@ -144,15 +153,20 @@ class TextProblem:
         return features(base, self._reader, self._suite.pooling, texts)
 
     def _means(self, classes: int) -> Tensor:
-        base, suite = load_model(self._base, dtype=torch.float32).eval(), self._suite
+        suite = self._suite
+        data = {"data": suite.data.spec(), "content": suite.data.fingerprint(), "names": list(self._labels.names or ())}
+        read = {
+            name: getattr(suite, name)
+            for name in ("version", "text", "pair", "label", "pooling", "max_tokens", "batch")
+        }
+        return kept_means(self._base, {**data, **read}, classes, lambda: self._make_means(classes))
+
+    def _make_means(self, classes: int) -> Tensor:
+        rows = self.rows("train")
         with torch.no_grad():
-            return class_means(
-                lambda batch: pooled(base, suite.pooling, batch),
-                self.rows("train"),
-                suite.batch,
-                self.collate,
-                classes,
-            )
+            base = partial(load_model, self._base, dtype=torch.float32)
+            features = self._features(base, rows, "cpu", model="base")
+            return class_means(features, self._labels.numbers(rows, self._suite.label), classes)
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, ...]:
         found = []

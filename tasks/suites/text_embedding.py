@@ -19,9 +19,10 @@ from storage.errors import InvalidInput, Mismatch
 from tasks.choice import Choice, require
 from tasks.data import AnyData, Rows, Split
 from tasks.suites.base import Batch, Score, first
+from tasks.suites.features import Features
 from tasks.suites.intervals import mean, share
 from tasks.suites.labels import require_columns
-from tasks.suites.texts import SHOWN, Pooling, TextReader, pooled, require_fitting
+from tasks.suites.texts import SHOWN, Pooling, Reading, TextReader, pooled, require_fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,7 @@ class EmbeddingProblem:
     def __init__(self, suite: TextEmbedding, base: Artifact) -> None:
         self._suite = suite
         self._reader = TextReader(base, suite.max_tokens, suite.too_long)
+        self.shared = Features()
 
     def rows(self, split: Split) -> Rows:
         rows = self._suite.data.rows(split)
@@ -148,9 +150,9 @@ class EmbeddingProblem:
         ]
 
     def _embedded(self, model: Retriever, texts: list[str], device: str) -> Iterator[Tensor]:
-        for begin in range(0, len(texts), self._suite.batch):
-            batch = self._reader.read([(text,) for text in texts[begin : begin + self._suite.batch]])
-            yield model.embed({name: one.to(device) for name, one in batch.items()})
+        reading = Reading(self._reader, self._suite.pooling, self._suite.batch, device)
+        for one in reading.features(lambda: model.backbone, [(text,) for text in texts], self.shared):
+            yield functional.normalize(one.to(device), dim=-1)
 
     def _text(self, row: dict[str, Any], name: str) -> str:
         value = row.get(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from storage.artifacts import Artifact
 from storage.errors import InvalidInput, Mismatch
+from storage.manifest import digest
 from storage.refs import short
 from tasks.checkpoints import CONFIG, assets_folder
 from tasks.suites.base import Batch
+from tasks.suites.features import Features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,6 +113,31 @@ def pooled(backbone: nn.Module, pooling: Pooling, batch: Batch) -> Tensor:
     mask_BT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
     mean: Tensor = (hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1)
     return mean
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts become features: `size` texts at a time, on a device."""
+
+    reader: TextReader
+    pooling: Pooling
+    size: int
+    device: str
+
+    def features(
+        self, backbone: Callable[[], nn.Module], texts: Sequence[Sequence[str]], shared: Features, **more: Any
+    ) -> Iterator[Tensor]:
+        """[B, D] of every batch of texts, or of pairs of texts, kept or made. `more`: what else tells them apart."""
+        read = digest("\n".join(json.dumps(list(one)) for one in texts).encode())
+        seen = {"texts": read, "tokens": self.reader.most, "pooling": self.pooling, "batch": self.size, **more}
+        return shared.of(seen, self._made(backbone, texts))
+
+    def _made(self, backbone: Callable[[], nn.Module], texts: Sequence[Sequence[str]]) -> Iterator[Tensor]:
+        """The backbone is asked for with the first of them."""
+        model = backbone()
+        for start in range(0, len(texts), self.size):
+            batch = self.reader.read(texts[start : start + self.size])
+            yield pooled(model, self.pooling, {name: one.to(self.device) for name, one in batch.items()})
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from configs.chain import PRESETS, dump_chain, load_chain, parse_chain, presets
 from configs.exam import load_exam
 from configs.settings import Settings
 from storage.errors import InvalidInput
-from tasks.mergers import Opcm
+from tasks.mergers import Opcm, TsvM
 from tasks.optimizers import Galore
+from tasks.retry import Nothing, OtherRecipe
+from tasks.scalings import Lines
 from tasks.search import Search
 from tasks.tuners import Lora
 
@@ -45,7 +48,9 @@ def test_the_readmes_chain_is_valid(tmp_path: Path) -> None:
     lora, full = (parse_chain({**chain, **tuner}).tuner for tuner in tuners)
     assert lora == Lora(rank=16, rslora=True, targets=("q_proj", "v_proj"), steps=500, learning_rate=2e-4)
     assert full.optimizer == Galore(rank=128)
-    assert parse_chain({**chain, **retained}).retained[0].name == "upright"
+    gated = parse_chain({**chain, **retained})
+    assert gated.retained[0].name == "upright"
+    assert [recipe.merger.name for recipe in gated.lines[0].recipes] == ["opcm", "opcm", "tsv_m", "tsv_m"]
     (tmp_path / "exam.yaml").write_text(blocks[-1])
     exam = load_exam(tmp_path / "exam.yaml", "support")
     assert exam.gate is not None
@@ -95,6 +100,61 @@ def test_a_wrong_field_of_a_search_is_named() -> None:
     values = dump_chain(load_chain("smoke"))
     values["lines"][0]["search"] = {"factor": [1.0]}
     with pytest.raises(InvalidInput, match=r"search.factor: .*did you mean factors\?.*fields: name, version, factors"):
+        parse_chain(values)
+
+
+@pytest.mark.parametrize(
+    ("retry", "message"),
+    [
+        (["tsv_m"], r"gate\.retry\.0: must be a factor such as 0\.5, or a recipe such as .*, found 'tsv_m'"),
+        (
+            [0.5, {"name": "tsv_m"}],
+            r"retry\.1\.mapping\.name: there is no such field; fields: merger, sparsify, scaling",
+        ),
+        ([{}], r"retry\.0\.mapping: a recipe to retry by names nothing"),
+        ([{"merger": {"name": "tsvm"}}], r"merger: there is no 'tsvm' \(did you mean tsv_m\?\); choices: average, "),
+        ([{"merger": {"name": "ties", "densty": 0.1}}], r"ties\.densty: there is no such field \(did you mean density"),
+        ([{"merger": {"name": "ties", "density": 3}}], r"ties: density must be in \(0, 1\], found 3"),
+        (
+            [{"scaling": {"name": "line"}}],
+            r"there is no 'line' \(did you mean lines\?\); choices: match_norm, lines, none",
+        ),
+        (
+            [{"scaling": {"name": "lines", "alhpa": 1}}],
+            r"lines\.alhpa: there is no such field \(did you mean alpha\?\)",
+        ),
+        (
+            [{"merger": {"name": "slerp"}}],
+            r"'smoke-opcm', whose gate lists it in retry, has 3 updates, but merger 'slerp'",
+        ),
+        ([0.5, -1], "retry must be factors, finite and positive"),
+    ],
+)
+def test_a_retry_that_cannot_be_is_refused_before_anything_runs(retry: list[Any], message: str) -> None:
+    values = smoke()
+    values["lines"][0]["gate"] = {"name": "gate", "retry": retry}
+    with pytest.raises(InvalidInput, match=message) as caught:
+        parse_chain(values)
+    assert str(caught.value).count("\n") == 1, "one thing is wrong"
+
+
+def test_a_retry_survives_a_round_trip() -> None:
+    values = smoke()
+    scaled = {"scaling": {"name": "lines"}, "sparsify": {"name": "none"}}
+    values["lines"][0]["gate"] = {"name": "gate", "retry": [1, 0.5, {"merger": {"name": "tsv_m"}}, scaled]}
+    config = parse_chain(values)
+    assert config.lines[0].gate is not None
+    assert config.lines[0].gate.retry == (1.0, 0.5, OtherRecipe(TsvM()), OtherRecipe(None, Nothing(), Lines()))
+    assert [recipe.merger.name for recipe in config.lines[0].recipes] == ["opcm", "tsv_m", "opcm", "tsv_m"]
+    assert parse_chain(json.loads(json.dumps(dump_chain(config)))) == config
+
+
+def test_weights_are_for_mergers_that_have_them() -> None:
+    values = smoke()
+    values["tasks"][0]["weight"] = 2
+    with pytest.raises(
+        InvalidInput, match=r"'smoke-opcm' has 3 updates, 'rot90' weighs 2, but merger 'opcm' lets every"
+    ):
         parse_chain(values)
 
 

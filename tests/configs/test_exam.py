@@ -34,6 +34,9 @@ def test_an_exam_comes_back_from_the_policy_with_whole_paths(tmp_path: Path, mon
     assert (data.train, data.test) == ((str(tmp_path / "data" / "*.jsonl"),), ("s3://b/test.jsonl",))
     assert exam_of({"exam": json.loads(json.dumps(exam.spec()))}, "support") == exam
     assert exam_of({"codec": {}}, "support") is None
+    gate = {**EXAM["gate"], "retry": [0.5, {"merger": {"name": "ties"}, "scaling": {"name": "none"}}]}  # type: ignore[dict-item]
+    exam = load_exam(written(tmp_path, {**EXAM, "gate": gate}), "support")
+    assert exam_of({"exam": json.loads(json.dumps(exam.spec()))}, "support") == exam
 
 
 def test_a_chain_lends_its_suites_and_the_gate_of_the_line() -> None:
@@ -50,6 +53,8 @@ def test_a_chain_lends_its_suites_and_the_gate_of_the_line() -> None:
         ({"gate": {"name": "gate", "of_alone": 0.9}}, "belong to no submission"),
         ({"gate": {"name": "gate", "on_failure": "stop"}}, "a queue goes on"),
         ({"gate": {"name": "gate", "retained": 0.9}}, "`retained` names none"),
+        ({"gate": {"name": "gate", "retry": [{"merger": {"name": "slerp"}}]}}, "a queue has no end"),
+        ({"gate": {"name": "gate", "retry": [{"mrger": {}}]}}, "no such field (did you mean merger?)"),
         ({"gates": {}}, "there is no such field (did you mean gate?)"),
         ({"suites": [{"name": "sums", "suit": SUITE}]}, "did you mean suite?"),
         ({"suites": [{"name": "sums", "suite": {**SUITE, "name": "causal"}}]}, "there is no 'causal'"),

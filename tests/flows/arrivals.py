@@ -40,13 +40,13 @@ def tuned(folder: Path, seed: int) -> Path:
     return folder
 
 
-def submit(folder: Path, base: CheckpointRef, line: str = LINE) -> str:
+def submit(folder: Path, base: CheckpointRef, line: str = LINE, weight: float = 1.0) -> str:
     """Submit a folder by its path, as a watcher does; its content."""
     from storage.directory import DirectoryObjects
 
     place = DirectoryObjects(folder)
     content = fingerprint(place, offer_at(place))
-    Queue(here().store.objects, line).submit(content, str(folder), base, folder.name)
+    Queue(here().store.objects, line).submit(content, str(folder), base, folder.name, weight)
     return content
 
 

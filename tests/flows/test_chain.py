@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
 
@@ -137,7 +139,10 @@ def test_registry_tells_where_a_version_comes_from() -> None:
     assert tuned.data.metrics["seconds"] > 0 and tuned.data.tags["device"] == place.settings.device
     kept = {file.path for file in client.list_artifacts(version.run_id)}
     assert kept >= {"lineage.html", "lineage.svg"}
-    assert {outcome.base_scores, outcome.prepared[-1].alone} == set(version.tags["measured"].split())
+    beside = set(version.tags["measured"].split())
+    (ahead,) = beside - {outcome.base_scores, outcome.prepared[-1].alone}
+    assert place.store.open(ahead).manifest.lineage.inputs["model"] == outcome.lines[0].steps[0].model
+    assert list(leading(place.store.open(ahead))) == [outcome.prepared[-1].task.name]
 
 
 @pytest.mark.usefixtures("home", "count")
@@ -165,6 +170,12 @@ def searching(*factors: float) -> ChainConfig:
     config = short_chain()
     line = replace(config.lines[0], merger=Average(), search=Search(factors=factors, samples=50))
     return replace(config, lines=(line,))
+
+
+def printed(table: Table) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 def cells(table: Table, header: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -10,21 +11,25 @@ import pytest
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
-from configs.chain import load_chain
+from configs.chain import Ability, load_chain
 from configs.grid import grid_of
 from flows import progress
 from flows.cli import app
 from flows.compare import compare, count_steps, leaderboard
+from flows.compare_report import draw, table
 from flows.workplace import here
 from storage.errors import InvalidInput
 from tasks.codecs import Exact
 from tasks.compress import compress_update
+from tasks.data import Digits
 from tasks.evaluate import evaluate, leading, summarise
 from tasks.materialize import materialize
 from tasks.merge import fold_update
 from tasks.mergers import TaskArithmetic
 from tasks.recipe import Recipe
-from tests.flows.test_chain import Count
+from tasks.suites import ImageClassification
+from tasks.suites.heads import ClassMeans
+from tests.flows.test_chain import Count, printed
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "home")
 
@@ -63,14 +68,21 @@ def test_cells_are_what_the_rooms_say(tmp_path: Path) -> None:
         str(store.open(tuned).manifest.lineage.spec["task"]): compress_update(ref, Exact(), store)
         for tuned, ref in made.items()
     }
-    state, matrix, tasks = None, [], {task.name: task for task in config.tasks}
+    state, matrix, models, tasks = None, [], [], {task.name: task for task in config.tasks}
     for number, name in enumerate(order, 1):
         state = fold_update(base, state, exact[name], Recipe(TaskArithmetic(scale=0.5)), store)
         model = materialize(base, state, store)
+        models.append(model)
         scores = evaluate(model, [tasks[one] for one in order[:number]], store, base=base)
         matrix.append(leading(store.open(scores)))
-    expected = summarise(matrix, {})
+    ahead = {
+        name: leading(store.open(evaluate(before, [tasks[name]], store, base=base)))[name]
+        for before, name in zip(models, order[1:], strict=False)
+    }
+    unmet = leading(store.open(evaluate(base, list(tasks.values()), store, base=base)))
+    expected = summarise(matrix, {}, ahead, unmet)
     assert row["model"] == model
+    assert row["forward_transfer"] == pytest.approx(expected.forward_transfer)
     assert (row["average"], row["worst"], row["forgetting"]) == (
         expected.average,
         expected.worst,
@@ -85,6 +97,7 @@ def test_cells_are_what_the_rooms_say(tmp_path: Path) -> None:
     assert run.data.params["merger.scale"] == "0.5"
     assert (run.data.params["order"], run.data.params["seed"]) == (row["order"], "0")
     assert run.data.metrics["average"] == pytest.approx(expected.average)
+    assert run.data.metrics["forward_transfer"] == pytest.approx(expected.forward_transfer)
 
     watcher = Count()
     progress.watch(watcher)
@@ -96,13 +109,19 @@ def test_cells_are_what_the_rooms_say(tmp_path: Path) -> None:
     assert len(client.search_runs([experiment.experiment_id])) == 4
 
 
-def test_the_steps_are_counted_and_seeds_are_other_trainings() -> None:
+def test_the_steps_are_counted_and_seeds_are_other_trainings(tmp_path: Path) -> None:
     config = load_chain("smoke")
     watcher = Count()
     progress.watch(watcher)
-    grid = grid_of(config, ["average"], [], 1, 2)
+    upright = Ability("upright", ImageClassification(Digits(limit=50), ClassMeans()))
+    grid = grid_of(replace(config, retained=(upright,)), ["average"], [], 1, 2)
     found = compare(grid)
     assert len(watcher.labels) == count_steps(grid)
+    place = leaderboard(found)[0]
+    assert place.tradeoff == pytest.approx(sum((one.summary.tradeoff or 0) for one in found) / 2) != 0
+    assert draw([place], tmp_path / "board.png").stat().st_size > 10_000
+    shown = printed(table([place]))
+    assert "trade-off" in shown and f"{100 * (place.tradeoff or 0):.1f}" in shown
     assert [one.seed for one in found] == [0, 1]
     assert found[0].model != found[1].model
 
@@ -132,8 +151,6 @@ def test_what_cannot_be_compared_is_said_at_once(words: tuple[str, str], message
 
 
 def test_chains_whose_updates_depend_on_merging_are_refused() -> None:
-    from dataclasses import replace
-
     config = load_chain("smoke")
     with pytest.raises(InvalidInput, match="trains from the head of its line"):
         grid_of(replace(config, start="head", lines=config.lines[:1]), [], [], 1, 1)

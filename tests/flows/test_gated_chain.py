@@ -8,24 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from configs.chain import Ability, ChainConfig, load_chain, parse_chain
+from configs.chain import Ability, ChainConfig, Task, load_chain, parse_chain
 from flows import progress
 from flows.chain import chain, count_steps
 from flows.growing import Grown
 from flows.picture import draw
-from flows.report import accuracy_table, gate_lines
+from flows.report import accuracy_table, comparison_table, gate_lines
 from flows.workplace import here
+from storage.artifacts import Artifact
 from storage.champions import CHALLENGER, CHAMPION, PREVIOUS
 from storage.errors import InvalidInput, Missing
 from storage.lines import Line
+from storage.refs import CheckpointRef
+from storage.registry_lines import LineVersions
+from tasks.checkpoints import load_model
 from tasks.codecs import Dense
 from tasks.data import Digits
-from tasks.evaluate import evaluate, leading
+from tasks.evaluate import NamedSuite, evaluate, leading
 from tasks.gate import Gate, OnFailure
+from tasks.lineage.trajectory import trajectory
+from tasks.lineage.versions import version_lineage
 from tasks.mergers import Average
 from tasks.suites import ImageClassification
 from tasks.suites.heads import ClassMeans
-from tests.flows.test_chain import Count
+from tests.flows.test_chain import Count, printed
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "home")
 
@@ -58,6 +64,11 @@ def aliases(name: str) -> dict[str, int | None]:
         return {alias: champions.version(alias) for alias in ("head", CHAMPION, PREVIOUS, CHALLENGER)}
 
 
+def measured(task: NamedSuite, model: Artifact, base: Artifact) -> float:
+    """The leading score, asked of the suite itself."""
+    return task.suite.open(base).score(load_model(model), "cpu", lambda done, total: None)[0].value
+
+
 def only(config: ChainConfig) -> Grown:
     (line,) = chain(config).lines
     return line
@@ -75,6 +86,10 @@ def test_a_merge_that_fails_stays_in_the_line_but_is_not_served(count: Count) ->
     assert version.tags["gate"] == "failed"
     assert version.tags["gate.reasons"] == "; ".join(reasons)
     assert reasons[0] in version.description
+    old, first = leading(here().store.open(line.steps[0].scores)), line.steps[0].entry.task
+    points = f"{100 * (scores[first] - old[first]):+.1f}".replace("-", "\u2212")
+    assert f"Since version 1, with {line.steps[1].entry.task}: {first} {points}, in points." in version.description
+    assert f"`deltaworks line rollback {line.name} 2 --why ...`" in version.description
     before = len(count.labels)
     again = only(config)
     assert len(count.labels) == before, "everything is found done"
@@ -141,7 +156,11 @@ def test_the_champion_is_measured_on_the_newest_task_too(count: Count) -> None:
     config = gated(of_alone=None)
     gate = Gate(average_drop=0.0, significance=0.05)
     line = only(replace(config, lines=(replace(config.lines[0], gate=gate),)))
-    assert sum("evaluate the champion on" in label for label in count.labels) == 2
+    passed = [step.verdict is not None and step.verdict.passed for step in line.steps]
+    assert sum("evaluate ahead of" in label for label in count.labels) == 2
+    # a champion that is the model of the step before was asked then
+    assert sum("evaluate the champion on" in label for label in count.labels) == passed[1:-1].count(False)
+    assert not count.reused_labels
     store, champion = here().store, line.steps[0]
     for number, step in enumerate(line.steps[1:], 2):
         assert step.verdict is not None
@@ -156,13 +175,70 @@ def test_the_champion_is_measured_on_the_newest_task_too(count: Count) -> None:
 def test_what_is_left_of_the_base_is_told_and_asked() -> None:
     suite = ImageClassification(Digits(limit=200), ClassMeans())
     config = gated(of_alone=None, retained=1.0, abilities=(Ability("upright", suite),))
-    line = only(config)
+    outcome = chain(config)
+    (line,) = outcome.lines
+    store, base = here().store, outcome.base
+
+    def left(model: CheckpointRef) -> float:
+        return measured(config.retained[0], store.open(model), store.open(base))
+
     for step in line.steps:
-        assert step.verdict is not None and step.summary.retained is not None
-        assert step.summary.retained > 0
-        assert step.verdict.passed is (step.summary.retained >= 1)
+        summary = step.summary
+        assert step.verdict is not None and summary.retained is not None
+        assert summary.retained > 0
+        assert step.verdict.passed is (summary.retained >= 1)
+        assert summary.held_out == pytest.approx(left(step.model))
+        assert summary.retained == pytest.approx(left(step.model) / left(base))
+        assert summary.tradeoff == pytest.approx((summary.average * left(step.model)) ** 0.5)
     run = here().registry._client.get_run(line.last.version.run_id)
-    assert run.data.metrics["retained"] == pytest.approx(line.last.summary.retained)
+    for name in ("retained", "held_out", "tradeoff", "forward_transfer"):
+        assert run.data.metrics[name] == pytest.approx(getattr(line.last.summary, name))
+    versions = LineVersions(here().registry, line.name)
+    found = version_lineage(versions.one("head"), versions.all(), [step.entry for step in line.steps], store)
+    assert [one.tradeoff for one in trajectory(found)][1:] == pytest.approx(
+        [one.summary.tradeoff for one in line.steps]
+    )
+    figures = found.of_kind("model")[-1].figures
+    assert figures["forward transfer"] == pytest.approx(line.last.summary.forward_transfer)
+    shown = [row.split() for row in printed(accuracy_table(outcome, line)).splitlines()]
+    assert ["trade-off", *(f"{100 * (step.summary.tradeoff or 0):.1f}" for step in line.steps)] in shown
+    assert "trade-off" in printed(comparison_table(outcome))
+
+
+def test_forward_transfer_is_that_of_separate_evaluations(count: Count) -> None:
+    config = gated(of_alone=None)
+    config = replace(config, lines=(replace(config.lines[0], gate=None),))
+    outcome = chain(config)
+    assert len(count.labels) == count_steps(config)
+    (line,) = outcome.lines
+    store, base = here().store, outcome.base
+
+    def reached(model: CheckpointRef, task: Task) -> float:
+        return measured(task, store.open(model), store.open(base))
+
+    gains = [
+        reached(before.model, task) - reached(base, task)
+        for before, task in zip(line.steps, config.tasks[1:], strict=False)
+    ]
+    assert any(gains), "or the test says nothing"
+    found = [step.summary.forward_transfer for step in line.steps]
+    assert found[0] is None
+    assert found[1:] == pytest.approx([gains[0], sum(gains) / 2])
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_left_out_does_not_count_ahead() -> None:
+    """The second is left out: of the third, what counts is the model after the first."""
+    config = gated(None, "leave_out")
+    harmful = replace(config.tasks[1], tuner=replace(config.tasks[0].tuner, learning_rate=1.0))  # type: ignore[type-var]
+    gate = Gate(average_drop=0.2, significance=None, on_failure="leave_out")
+    tasks = (config.tasks[0], harmful, config.tasks[2])
+    outcome = chain(replace(config, tasks=tasks, lines=(replace(config.lines[0], gate=gate),)))
+    (line,) = outcome.lines
+    assert [step.entry.task for step in line.steps] == ["rot90", "permute"]
+    store, base = here().store, outcome.base
+    one, other = (measured(tasks[2], store.open(model), store.open(base)) for model in (line.steps[0].model, base))
+    assert line.last.summary.forward_transfer == pytest.approx(one - other)
 
 
 @pytest.mark.slow

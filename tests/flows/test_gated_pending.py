@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,9 @@ from transformers import AutoModel
 from configs.chain import Ability
 from configs.exam import Exam
 from flows import pending
+from flows.examining import examiner_of
 from flows.notices import CHAMPION, REFUSED
+from flows.pending import Folded
 from flows.service import merge_pending
 from flows.workplace import here
 from storage.errors import Unanswered
@@ -36,8 +39,9 @@ from tasks.gate import Gate, OnFailure
 from tasks.intake import Intake
 from tasks.lineage.kept import PAGE
 from tasks.lineage.versions import version_lineage
-from tasks.mergers import TaskArithmetic
+from tasks.mergers import Average, Opcm, TaskArithmetic
 from tasks.recipe import Recipe
+from tasks.retry import OtherRecipe
 from tasks.suites import CausalLm, ImageClassification
 from tasks.suites.heads import ClassMeans
 from tests.builders import perturbed
@@ -68,13 +72,13 @@ def set_exam(on_failure: OnFailure, **rules: Any) -> None:
     Queue(here().store.objects, LINE).set_policy({**Intake(codec=Dense()).spec(), "exam": exam.spec()})
 
 
-def drop(base: CheckpointRef, folder: Path, name: str, seed: int, size: float) -> None:
+def drop(base: CheckpointRef, folder: Path, name: str, seed: int, size: float, weight: float = 1.0) -> None:
     """Submit the base with noise of this size on every parameter: a little does no harm, much of it does."""
     source = folder / "base"
     if not source.exists():
         export(base, source, here().store)
     perturbed(AutoModel.from_pretrained(source), seed, size).save_pretrained(folder / name)
-    submit(folder / name, base, LINE)
+    submit(folder / name, base, LINE, weight)
 
 
 def aliases() -> dict[str, int]:
@@ -133,6 +137,57 @@ def test_what_fails_is_written_smaller_where_the_gate_lists_factors(base: Checkp
     assert states() == {"first": ("merged", "passed"), "harmful": ("merged", "passed")}
     assert aliases() == {"head": 2, "champion": 2, "previous": 1}
     assert MlflowClient(here().settings.tracking).get_model_version(LINE, "2").tags["factor"] == "0.0001"
+
+
+SMALL = OtherRecipe(TaskArithmetic(scale=1e-4))
+
+
+def test_what_fails_is_merged_by_another_recipe_and_with_it_what_was_there(base: CheckpointRef, tmp_path: Path) -> None:
+    """The first of the recipes has no weights, and is passed over."""
+    set_exam("leave_out", retry=(OtherRecipe(Opcm()), SMALL))
+    place = here()
+    drop(base, tmp_path, "first", 1, 1e-3)
+    drop(base, tmp_path, "harmful", 2, 1.0, weight=2.0)
+    drop(base, tmp_path, "after", 3, 1e-3)
+    found = merge_pending(LINE)
+    line = Line(place.store.objects, LINE)
+    assert found.merged == tuple(line.entries())[1:] == tuple(line.steps())
+    _, brought, after = found.merged
+    assert [one.action for one in found.merged] == ["fold", "rebuild", "fold"]
+    assert [one.merger["scale"] for one in found.merged] == [1.0, 1e-4, 1e-4]
+    assert [(one.task, one.weight) for one in brought.folds] == [("first", 1.0), ("harmful", 2.0)]
+    assert brought.why.startswith("the gate refused 'harmful' by task_arithmetic scale 1.0: its average over one task")
+    assert brought.why.endswith("; by task_arithmetic scale 0.0001 it passes")
+    assert states() == dict.fromkeys(("first", "harmful", "after"), ("merged", "passed"))
+    assert Queue(place.store.objects, LINE).find(found_content("harmful")).why == brought.why  # type: ignore[union-attr]
+    assert aliases() == {"head": 3, "champion": 3, "previous": 2}
+    client = MlflowClient(place.settings.tracking)
+    versions = [client.get_model_version(LINE, str(number)) for number in (1, 2, 3)]
+    assert [json.loads(one.tags["merger"])["scale"] for one in versions] == [1.0, 1e-4, 1e-4]
+    assert [one.tags["parent_version"] for one in versions] == ["none", "1", "2"]
+    assert f"all were merged again: {brought.why}" in versions[1].description
+    assert any("all merged again by task_arithmetic" in told for told in artifacts(f"{LINE}-pending"))
+    assert merge_pending(LINE) == Folded(LINE)
+
+    champion = examiner_of(Queue(place.store.objects, LINE), line)
+    assert champion is not None
+    facts = champion.examine(line.steps()[:2], after).verdict.facts  # type: ignore[union-attr]
+    model = versions[1].tags["model"]
+    score = leading(place.store.open(evaluate(CheckpointRef(model), [SUITE], place.store, base=base)))["upright"]
+    assert facts["champion_average"] == pytest.approx(score)
+
+
+def found_content(task: str) -> str:
+    return next(one.content for one in Queue(here().store.objects, LINE).submissions() if one.task == task)
+
+
+def test_what_no_recipe_saves_is_left_out(base: CheckpointRef, tmp_path: Path) -> None:
+    set_exam("leave_out", retry=(0.9, OtherRecipe(Average())))
+    drop(base, tmp_path, "harmful", 2, 1.0)
+    (aside,) = merge_pending(LINE).quarantined
+    assert (aside.task, aside.kind) == ("harmful", "Gate")
+    assert [one.action for one in Line(here().store.objects, LINE).entries()] == ["open"]
+    assert aliases() == {"challenger": 1}
 
 
 def test_what_fails_may_stay_in_the_line_while_the_champion_is_another(base: CheckpointRef, tmp_path: Path) -> None:
@@ -208,7 +263,7 @@ DEATHS = ["before evaluate", "after evaluate", "before commit", "after commit", 
 
 def dying(death: str, task: str, home: str, api: str) -> None:
     """Merge what waits, and be killed there."""
-    from flows import examining
+    from flows import examining, retrying
 
     os.environ["DELTAWORKS_HOME"] = home
     when, _, step = death.partition(" ")
@@ -223,7 +278,7 @@ def dying(death: str, task: str, home: str, api: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    pending.run_now = examining.run_now = deadly
+    pending.run_now = examining.run_now = retrying.run_now = deadly
     with temporary_settings({PREFECT_API_URL: api}):
         merge_pending(LINE)
 
@@ -250,3 +305,21 @@ def test_a_run_killed_at_every_step_comes_to_the_same_verdicts(base: CheckpointR
         "second": ("merged", "passed"),
     }
     assert aliases() == {"head": 3, "champion": 3, "previous": 1, "challenger": 2}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_step_comes_to_the_same_rebuild(base: CheckpointRef, tmp_path: Path) -> None:
+    set_exam("leave_out", retry=(SMALL,))
+    for seed, (name, size) in enumerate({"first": 1e-3, "harmful": 1.0, "second": 1e-3}.items(), 1):
+        drop(base, tmp_path, name, seed, size)
+    api = PREFECT_API_URL.value()
+    assert api
+    for death in DEATHS:
+        process = _SERVER.Process(target=dying, args=(death, "harmful", str(here().settings.home), api))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, death
+    merge_pending(LINE)
+    assert states() == dict.fromkeys(("first", "harmful", "second"), ("merged", "passed"))
+    assert [one.action for one in Line(here().store.objects, LINE).entries()] == ["open", "fold", "rebuild", "fold"]
+    assert aliases() == {"head": 3, "champion": 3, "previous": 2}

@@ -14,8 +14,9 @@ from flows.plan import Plan, plan_rebuild
 from flows.tables import journal_table, plan_table, recipe_name, recipe_text
 from storage.artifacts import ArtifactStore
 from storage.errors import Conflict, InvalidInput, Missing
-from storage.lines import Entry, Line, rebuild_options
+from storage.lines import Entry, Line
 from storage.manifest import Lineage
+from storage.options import rebuild_options
 from storage.refs import CheckpointRef, StateRef, UpdateRef
 from tasks.mergers import Average, Opcm, Ties
 from tasks.recipe import Recipe

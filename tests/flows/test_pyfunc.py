@@ -181,6 +181,10 @@ def test_mlflow_serves_the_champion(home: Path, monkeypatch: pytest.MonkeyPatch)
         answer = requests.post(f"{url}/invocations", json={"inputs": pixels.tolist()}, timeout=60)
         assert answer.status_code == 200, answer.text
         found = numpy.array(json.loads(answer.text)["predictions"], dtype=numpy.float32)
+        wrong = requests.post(f"{url}/invocations", json={"inputs": [[0.5]]}, timeout=60)
+        assert wrong.status_code == 400 and "expected pixel values [B, C, H, W]" in wrong.json()["message"]
+        asked = {"inputs": pixels.tolist(), "params": {"task": "none"}}
+        assert "no task 'none'" in requests.post(f"{url}/invocations", json=asked, timeout=60).json()["message"]
         expected = mlflow.pyfunc.load_model(f"models:/{line.name}@champion").predict(pixels)
         numpy.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
         asked = {"inputs": pixels.tolist(), "params": {"task": line.steps[0].entry.task}}

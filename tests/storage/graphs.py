@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from storage.artifacts import ArtifactStore
 from storage.lines import Line
 from storage.manifest import Lineage
+from storage.measured import Measured
 from storage.objects import MemoryObjects
 from storage.pins import pin
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
@@ -30,6 +31,7 @@ class Graph:
     bases: set[Ref] = field(default_factory=set)
     pinned: set[Ref] = field(default_factory=set)
     memos: dict[str, Ref] = field(default_factory=dict)
+    measured: dict[str, Ref] = field(default_factory=dict)  # key -> the model that was measured
 
     def add(self, ref: Ref, needs: Iterable[Ref] = (), sources: Iterable[Ref] = ()) -> None:
         self.needs[ref], self.sources[ref] = set(needs), set(sources)
@@ -70,6 +72,9 @@ def graphs(draw: st.DrawFn) -> Graph:
     for number, ref in enumerate(draw(st.lists(st.sampled_from(sorted(graph.needs)), max_size=4))):
         graph.store.remember(f"key{number}", ref, {})
         graph.memos[f"memo/key{number}"] = ref
+    for number, ref in enumerate(draw(st.lists(st.sampled_from(of_kind(graph, "checkpoint")), max_size=3))):
+        Measured(graph.store.objects).write(CheckpointRef(ref), f"key{number}", [number])
+        graph.measured[f"measured/{ref.partition('/')[2]}/key{number}"] = ref
     for number in range(draw(st.integers(0, 2))):
         graph.store.write_blob(b"loose" + bytes([number]))
     return graph

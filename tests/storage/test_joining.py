@@ -29,7 +29,7 @@ def play(contest: Contest, seeds: range) -> None:
 
 
 def test_schedules_in_a_folder(tmp_path: Path) -> None:
-    play(Contest(f"file://{tmp_path}", UPDATES, Recipe(Average())), range(6))
+    play(Contest(f"file://{tmp_path}", UPDATES, Recipe(Average())), range(3))
 
 
 def test_schedules_of_a_merger_that_depends_on_the_order(tmp_path: Path) -> None:

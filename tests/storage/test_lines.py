@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from storage.errors import Conflict, Damaged, InvalidInput, Missing
-from storage.lines import Entry, Fold, Line, rebuild_options
+from storage.lines import Entry, Fold, Line
 from storage.objects import MemoryObjects
+from storage.options import rebuild_options
 from storage.refs import CheckpointRef, Ref, StateRef, UpdateRef
 
 MERGER = {"name": "average", "version": 1}
@@ -253,6 +254,55 @@ def test_a_rebuilt_line_opens_with_the_merger_that_it_has_now(line: Line) -> Non
         line.open(BASE, MERGER)
     line.rollback(line.history()[0], "")
     line.open(BASE, TIES)
+    line.open(BASE, MERGER, [TIES])
+    with pytest.raises(Conflict, match="merges with"):
+        line.open(BASE, MERGER, [{**TIES, "density": 0.5}])
+
+
+def steps(line: Line) -> list[tuple[str, int, str, Any]]:
+    return [(one.task, one.number, one.action, one.merger["name"]) for one in line.steps()]
+
+
+def test_without_rebuilds_that_bring_an_update_the_steps_are_the_history(line: Line) -> None:
+    first, *_ = [fold(line, task) for task in "abcd"]
+    assert line.steps() == line.history()
+    rebuild(line, "acd", TIES)
+    assert line.steps() == line.history()
+    rebuild(line, "ad")
+    assert line.steps() == line.history()
+    line.rollback(first, "")
+    assert line.steps() == line.history() == [first]
+
+
+def test_a_rebuild_that_brings_an_update_is_the_step_of_that_update(line: Line) -> None:
+    """It merged the others again, but they came in before."""
+    for task in "ab":
+        fold(line, task)
+    brought = rebuild(line, "abc", TIES)
+    assert [(one.number, one.merger["name"]) for one in line.history()] == [(3, "ties")] * 3
+    assert steps(line) == [("a", 1, "fold", "average"), ("b", 2, "fold", "average"), ("c", 3, "rebuild", "ties")]
+    assert line.steps()[-1] == brought == line.entry(3)
+    last = fold(line, "d")
+    assert line.steps()[2:] == [brought, last]
+    assert merged(line) == "abcd"
+
+    inside = line.history()[1]
+    line.rollback(inside, "c and d were harmful")
+    assert steps(line) == [("a", 3, "fold", "ties"), ("b", 3, "fold", "ties")]
+    line.rollback(last, "they were not")
+    assert line.steps()[2:] == [brought, last]
+    rebuild(line, "abc", TIES)
+    assert line.steps()[2:] == [brought], "that state is known, and so is how it came to be"
+    rebuild(line, "abc")
+    assert [one.number for one in line.steps()] == [1, 2, 8]
+    with pytest.raises(Missing, match="has no entry 9"):
+        line.entry(9)
+
+
+def test_the_first_update_of_a_line_may_come_in_by_a_rebuild(line: Line) -> None:
+    brought = rebuild(line, "a", TIES)
+    assert line.steps() == [brought]
+    assert [one.action for one in line.history()] == ["fold"]
 
 
 @pytest.mark.parametrize("how", ["fold", "rollback", "rebuild"])

@@ -52,6 +52,12 @@ def test_head_is_the_newest_version(registry: Registry) -> None:
     assert registry.find("a-line", "k3") is None
 
 
+def test_a_description_is_cut_to_what_mlflow_has_room_for(registry: Registry) -> None:
+    """Postgres refuses a longer one; SQLite does not."""
+    registry.register("chain", "k1", STEP, STAGES, "s3://bucket/1", "x" * 6000)
+    assert client(registry).get_model_version("a-line", "1").description == "x" * 4999 + "…"
+
+
 def test_a_half_written_step_is_completed(registry: Registry) -> None:
     """A crash after the runs were created, before they were filled and before the version."""
     there = client(registry)

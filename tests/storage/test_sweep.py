@@ -58,6 +58,7 @@ def test_exactly_what_nobody_wants_goes(graph: Graph, states: bool, sources: boo
     blobs = {key.partition("/")[2] for key in graph.store.objects.list("blob/")}
     assert blobs == {blob for ref in wanted for blob in graph.blobs[ref]}
     assert set(graph.store.objects.list("memo/")) == {key for key, ref in graph.memos.items() if ref in wanted}
+    assert set(graph.store.objects.list("measured/")) == {key for key, ref in graph.measured.items() if ref in wanted}
     assert {one.ref for one in pins(graph.store)} == graph.pinned
     assert swept.harmed == ()
     assert verify(graph.store, graph.store.refs(), journals=read_journals(graph.store.objects).lines).findings == ()

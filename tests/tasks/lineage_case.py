@@ -16,7 +16,7 @@ from storage.registry import ModelVersion, Registry
 from storage.tables import write_rows
 from tasks.codecs import Ternary
 from tasks.compress import compress_update
-from tasks.evaluate import TABLE, Summary, leading, summarise
+from tasks.evaluate import TABLE, Summary, leading, summarise, with_abilities
 from tasks.extract import Extract, extract_update
 from tasks.gate import Verdict
 from tasks.materialize import materialize
@@ -56,22 +56,29 @@ def scores(model: CheckpointRef, base: CheckpointRef, values: Mapping[str, float
 
 @dataclass
 class Grown:
-    """A line of three tasks by `average`; R is the accuracy matrix that its scores tell."""
+    """A line of three tasks by `average`; R is the accuracy matrix that its scores tell.
+
+    `ahead`: what the merged model reaches on each task before it is merged, none of the first. `able`: what the base
+    and then the merged models reach on what the base can do."""
 
     store: ArtifactStore
     name: str = "tiny"
     tasks: Sequence[str] = ("sums", "dates", "names")
     matrix: Sequence[Sequence[float]] = ((0.9,), (0.8, 0.7), (0.6, 0.75, 0.5))
     alone: Sequence[float] = (0.95, 0.9, 0.85)
+    ahead: Sequence[float] = (0.3, 0.2)
+    able: Sequence[float] = (0.96, 0.8, 0.72, 0.6)
     entries: list[Entry] = field(default_factory=list)
     models: list[CheckpointRef] = field(default_factory=list)
     scored: list[ScoresRef] = field(default_factory=list)
     measured: list[list[ScoresRef]] = field(default_factory=list)
+    held: list[ScoresRef] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         store, weights = self.store, tensors(0)
         self.base = checkpoint(weights, store, Lineage("digits_base", {}, {"name": "digits_base"}))
         at_base = scores(self.base, self.base, dict.fromkeys(self.tasks, 0.1), store)
+        self.held = [scores(self.base, self.base, {"upright": self.able[0]}, store)]
         self.line = Line(store.objects, self.name)
         self.line.open(self.base, RECIPE.spec())
         for number, (task, row) in enumerate(zip(self.tasks, self.matrix, strict=True)):
@@ -84,6 +91,10 @@ class Grown:
             found = dict(zip(self.tasks, row, strict=False))
             self.scored.append(scores(self.models[-1], self.base, found, store))
             self.measured.append([at_base, scores(tuned, self.base, {task: self.alone[number]}, store)])
+            if number:
+                before = {task: self.ahead[number - 1]}
+                self.measured[-1].append(scores(self.models[-2], self.base, before, store))
+            self.held.append(scores(self.models[-1], self.base, {"upright": self.able[number + 1]}, store))
 
     def tuned(self, task: str, seed: int) -> CheckpointRef:
         base, moved = tensors(0), tensors(seed, 0.1)
@@ -103,7 +114,9 @@ class Grown:
 
     def summary(self, step: int) -> Summary:
         rows = [leading(self.store.open(one)) for one in self.scored[: step + 1]]
-        return summarise(rows, dict(zip(self.tasks, self.alone, strict=True)))
+        ahead, base = dict(zip(self.tasks[1:], self.ahead, strict=True)), dict.fromkeys(self.tasks, 0.1)
+        found = summarise(rows, dict(zip(self.tasks, self.alone, strict=True)), ahead, base)
+        return with_abilities(found, {"upright": self.able[step + 1]}, {"upright": self.able[0]})
 
     def register(
         self, step: int, registry: Registry, verdict: Verdict | None = None, left_out: bool = False
@@ -112,6 +125,5 @@ class Grown:
         entries, made = self.entries[: step + 1], (self.models[step], self.scored[step], self.summary(step))
         costs = {str(entries[-1].state): {"seconds": 1.5, "device": "cpu"}, self.models[step]: {"seconds": 0.5}}
         costs[self.scored[step]] = {"seconds": 2.0, "device": "cpu"}
-        return register(
-            "tiny", self.name, entries, *made, self.store, registry, verdict, left_out, self.measured[step], costs
-        )
+        beside, able = self.measured[step], (self.held[0], self.held[step + 1])
+        return register("tiny", self.name, entries, *made, self.store, registry, verdict, left_out, beside, costs, able)

@@ -28,6 +28,7 @@ from tasks.lineage.nodes import KINDS, Lineage
 from tasks.lineage.page import as_json, page
 from tasks.lineage.picture import drawn, svg
 from tasks.lineage.scored import Scored
+from tasks.lineage.trajectory import plane, trajectory
 from tasks.lineage.versions import entries_of, entry_lineage, version_lineage
 from tasks.similarity import similarity
 from tasks.tensors import read_delta, read_tensor
@@ -48,6 +49,7 @@ def version(grown: Grown, step: int) -> LineVersion:
     tags = {"task": entry.task, "step": str(entry.step), "base": grown.base, "merger": json.dumps(dict(entry.merger))}
     tags |= {"update": str(entry.update), "state": str(entry.state), "model": grown.models[step]}
     tags |= {"scores": grown.scored[step], "parent_version": str(step) if step else "none"}
+    tags |= {"measured": " ".join(grown.measured[step]), "able": f"{grown.held[0]} {grown.held[step + 1]}"}
     return LineVersion(grown.name, step + 1, (), "run", "", tags)
 
 
@@ -94,6 +96,49 @@ def test_the_matrix_and_what_it_says(grown: Grown, found: Lineage) -> None:
     assert last["worst"] == 0.5
     assert last["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.7 - 0.75)) / 2)
     assert found.of_kind("base")[0].figures["average"] == pytest.approx(0.1)
+    assert last["forward transfer"] == pytest.approx(((0.3 - 0.1) + (0.2 - 0.1)) / 2)
+    assert "trade-off" not in last, "no registry says which scores are of the base's abilities"
+
+
+def registered(grown: Grown, newest: int | None = None) -> Lineage:
+    return version_lineage(
+        version(grown, 2), [version(grown, step) for step in range(3)], [], grown.store, newest=newest
+    )
+
+
+def test_the_way_between_what_is_gained_and_what_is_held(grown: Grown) -> None:
+    found = registered(grown)
+    averages, held = [0.1, 0.9, 0.75, (0.6 + 0.75 + 0.5) / 3], [0.96, 0.8, 0.72, 0.6]
+    places = trajectory(found)
+    assert [one.name for one in places] == ["base", "+ sums", "+ dates", "+ names"]
+    assert [one.gained for one in places] == pytest.approx(averages)
+    assert [one.held for one in places] == pytest.approx(held)
+    assert [one.tradeoff for one in places] == pytest.approx(
+        [(a * h) ** 0.5 for a, h in zip(averages, held, strict=True)]
+    )
+    assert [one.retained for one in places] == pytest.approx([1.0, *(share / 0.96 for share in held[1:])])
+    last = found.of_kind("model")[-1].figures
+    assert last["trade-off"] == pytest.approx((averages[3] * 0.6) ** 0.5) and last["held out"] == pytest.approx(0.6)
+    drawing = plane(places)
+    for one, x in zip(drawing.marks, averages, strict=True):  # 10 to 90 % lie between the first tick and the last
+        first, final = drawing.across[0][0], drawing.across[-1][0]
+        assert one.x == pytest.approx(first + (x - 0.1) / 0.8 * (final - first), abs=0.2)
+    text = page(found, measure(found, grown.store))
+    checked_page(text)
+    assert "+ names: 61.7 % on the tasks, 60.0 % on what the base can do" in text
+    assert "FoMo-in-Flux" in text and f"<td>{100 * (averages[3] * 0.6) ** 0.5:.1f}</td>" in text
+
+
+def test_versions_that_are_older_have_no_such_way(grown: Grown) -> None:
+    """They say nothing of abilities, nor of scores before a merge."""
+    old = [
+        replace(one, tags={k: v for k, v in one.tags.items() if k not in ("able", "measured")})
+        for one in (version(grown, step) for step in range(3))
+    ]
+    found = version_lineage(old[2], old, [], grown.store)
+    assert not trajectory(found)
+    assert not {"forward transfer", "held out", "trade-off"} & found.of_kind("model")[-1].figures.keys()
+    assert "FoMo-in-Flux" not in page(found, measure(found, grown.store))
 
 
 def test_measures_against_their_formulas(grown: Grown, found: Lineage) -> None:
@@ -136,12 +181,13 @@ def test_many_tensors_are_not_compared_for_every_version(
 
 def test_of_a_long_line_the_newest_merges_are_drawn(grown: Grown, found: Lineage) -> None:
     """With what the scores say of all of it."""
-    cut = version_lineage(version(grown, 2), [version(grown, step) for step in range(3)], [], grown.store, newest=2)
+    cut = registered(grown, newest=2)
     assert cut.earlier == 1
     assert [len(cut.of_kind(kind)) for kind in KINDS] == [1, 2, 2, 2, 2, 2, 2]
     names = {node.id for node in cut.nodes}
     assert all({edge.source, edge.target} <= names for edge in cut.edges)
     assert cut.of_kind("model")[-1].figures["forgetting"] == found.of_kind("model")[-1].figures["forgetting"]
+    assert cut.of_kind("model")[-1].figures["forward transfer"] == pytest.approx(((0.3 - 0.1) + (0.2 - 0.1)) / 2)
     assert [row.merged for row in cut.accuracy.rows] == ["dates", "names"] == list(cut.accuracy.tasks)
     text = page(cut, measure(cut, grown.store))
     assert "1 before them are left out" in text and "<dt>updates</dt><dd>3</dd>" in text
