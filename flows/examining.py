@@ -7,7 +7,7 @@ is held against what the line was without it: the model before it, or the base.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -30,15 +30,15 @@ PASSED, FAILED = "passed", "failed"  # what a queue notes of a merge that was ju
 
 @dataclass(frozen=True)
 class Examined:
-    """What a merge came to. `verdict` is None without a gate. `measured`: scores of the base, if it was held against
-    that. `able`: scores of the base and of the model on what the base can do, if the exam asks for that."""
+    """What a merge came to. `verdict` is None without a gate. `able`: scores of the base and of the model on what the
+    base can do, if the exam asks for that; `measured`: of the base on the exam, if the merge was held against it."""
 
     model: CheckpointRef
     scores: ScoresRef
     summary: Summary
     verdict: Verdict | None
-    measured: tuple[ScoresRef, ...] = ()
     able: tuple[ScoresRef, ...] = ()
+    measured: tuple[ScoresRef, ...] = ()
 
     @property
     def noted(self) -> tuple[str, str]:
@@ -86,14 +86,14 @@ class Examiner:
         summary = Summary(fmean(values), min(values), None, None, None)
         able = tuple(self._able[one] for one in (merged.base, model)) if self._exam.retained else ()
         summary = with_abilities(summary, standing.abilities, self._left("the base", merged.base, merged.base))
+        found = Examined(model, scores, summary, None, able)
         if self._exam.gate is None:
-            return Examined(model, scores, summary, None, able=able)
+            return found
         against = self._against(before)
         if against is None:
             at_base, champion = self._standing("the base", merged.base, merged.base)
-            return Examined(model, scores, summary, judge(self._exam.gate, standing, champion, {}), (at_base,), able)
-        reached = self._champion(against, merged.base)
-        return Examined(model, scores, summary, judge(self._exam.gate, standing, reached, {}), able=able)
+            return replace(found, verdict=judge(self._exam.gate, standing, champion, {}), measured=(at_base,))
+        return replace(found, verdict=judge(self._exam.gate, standing, self._champion(against, merged.base), {}))
 
     def _against(self, before: Sequence[Entry]) -> Entry | None:
         """The merge whose model the next one is held against; None for the base."""

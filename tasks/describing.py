@@ -11,7 +11,7 @@ from storage.refs import ScoresRef, parse_ref
 from storage.registry_lines import LineVersion
 from tasks.evaluate import Summary, leading
 from tasks.gate import Verdict
-from tasks.lineage.words import size
+from tasks.lineage.words import WHERE_FROM, size
 
 _MOVED = 0.0005  # less than a digit that is shown
 
@@ -36,10 +36,7 @@ def describe(
         found += _moved(last.task, scores, before, store)
     there = [one.update for one in entries if one.update and store.has(one.update)]  # the others were pruned
     weigh = sum(store.open(update).manifest.tensor_bytes for update in there)
-    found.append(
-        f"{_updates(len(entries))} of {size(weigh)} in the store. Where all of it came from: `lineage.html` among the "
-        "artifacts of the source run."
-    )
+    found += [f"{_updates(len(entries))} of {size(weigh)} in the store.", WHERE_FROM]
     if not left_out:
         command = shlex.join(["deltaworks", "line", "rollback", line, str(last.step), "--why", "..."])
         found.append(f"Back to it, once there are newer ones: `{command}`.")

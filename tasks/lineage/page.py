@@ -64,7 +64,7 @@ def page(lineage: Lineage, measures: Measures, description: str = "") -> str:
     places = trajectory(lineage)
     return found.render(
         lineage=lineage,
-        description=[said.replace("`", "") for said in description.split("\n\n") if said],
+        description=[said.replace("`", "") for said in description.split("\n\n") if said not in ("", words.WHERE_FROM)],
         graph=svg(lineage, alone=False),
         data=embedded([_detail(number, node) for number, node in enumerate(lineage.nodes)]),
         head=list(_head(lineage)),

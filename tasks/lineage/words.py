@@ -7,6 +7,9 @@ from typing import Any
 
 from tasks.lineage.nodes import Kind, Node
 
+# of a version's first words, on MLflow's page; the page of its lineage leaves it out
+WHERE_FROM = "Where all of it came from: `lineage.html` among the artifacts of the source run."
+
 NAMES: Mapping[Kind, str] = {
     "base": "base",
     "data": "data",

@@ -68,7 +68,6 @@ def test_killed_runs_go_on_where_they_stopped(home: Path, tmp_path: Path) -> Non
 
     run(killed, kill_when=has("blob/", 20))  # while the base is being stored
     run(killed, kill_when=has("update/", 3))  # between compressing and the next training
-    run(killed, kill_when=has("state/", 2))  # while a line grows
     run(killed, kill_when=has("line/smoke-average/00000001"))  # a commit made, its model not yet written
     assert len(list(store.refs("checkpoint"))) < checkpoints
     output = run(killed)
