@@ -182,7 +182,7 @@ def test_mlflow_serves_the_champion(home: Path, monkeypatch: pytest.MonkeyPatch)
         assert answer.status_code == 200, answer.text
         found = numpy.array(json.loads(answer.text)["predictions"], dtype=numpy.float32)
         wrong = requests.post(f"{url}/invocations", json={"inputs": [[0.5]]}, timeout=60)
-        assert wrong.status_code == 400 and "expected pixel values [B, C, H, W]" in wrong.json()["message"]
+        assert wrong.status_code == 400 and "does not match expected shape (-1, 1, 8, 8)" in wrong.json()["message"]
         asked = {"inputs": pixels.tolist(), "params": {"task": "none"}}
         assert "no task 'none'" in requests.post(f"{url}/invocations", json=asked, timeout=60).json()["message"]
         expected = mlflow.pyfunc.load_model(f"models:/{line.name}@champion").predict(pixels)
