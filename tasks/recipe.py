@@ -32,6 +32,12 @@ class Recipe:
                 found[key] = choice.spec()
         return found
 
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry of the merged delta depends on that of the updates, and on facts and surveys alone."""
+        thin = self.sparsify
+        return self.merger.entrywise and (thin is None or thin.entrywise) and self.scaling is None
+
     def workspace(self, joint: float = 0) -> float:
         """Memory that one tensor takes, in multiples of its size in float32; `joint` is that of a joint merger."""
         merging = joint if isinstance(self.merger, Joint) else self.merger.workspace()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storage.errors import InvalidInput
 from tasks.folders.names import Matched, match
-from tasks.folders.passes import Passes, sees_entries_alone
+from tasks.folders.passes import Passes
 from tasks.folders.pieces import PIECE, Piece, Sources, whole
 from tasks.folders.reader import Weights, sha256_of
 from tasks.folders.scratch import Scratch
@@ -87,7 +87,7 @@ def merge_folders(
     counts = _checked_weights(recipe, tuned, weights)
     with ExitStack() as stack:
         first, *others = (stack.enter_context(Weights(folder)) for folder in (base, *tuned))
-        matched = match(first, others, roles=not sees_entries_alone(recipe))
+        matched = match(first, others, roles=not recipe.entrywise)
         if not matched.parameters:
             raise InvalidInput(f"{base} has no tensors to merge")
         keys = [one.fingerprint() for one in others] if recipe.sparsify else [""] * len(others)

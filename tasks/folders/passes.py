@@ -32,10 +32,11 @@ from tasks.recipe import Recipe
 from tasks.scalings import AnyScaling
 from tasks.stored import added
 
-_JOB = 1 << 22  # entries that one thread takes at a time of tensors that come in pieces
+_JOB = 8 * PIECE  # entries that one thread takes at a time of tensors that come in pieces: whole pieces
 _SURVEYED = 1 << 20  # entries of the pieces that a survey sees of such tensors
 
 Finish = Callable[[Piece, Tensor], Sums]  # what is done with a piece and its merged delta [elements]
+Deltas = Callable[[Piece, int], Tensor]  # the update of this index, of one piece
 
 
 @dataclass
@@ -48,12 +49,6 @@ class _Outcome:
     found: Sums = field(default_factory=dict)
 
 
-def sees_entries_alone(recipe: Recipe) -> bool:
-    """Whether an entry of the merged delta depends on the same entry of the updates, and facts and surveys alone."""
-    thin = recipe.sparsify
-    return recipe.merger.entrywise and (thin is None or thin.entrywise) and recipe.scaling is None
-
-
 class Passes:
     """All passes of one merge over `wholes`, the parameters in the order of their names."""
 
@@ -61,18 +56,20 @@ class Passes:
         self._recipe, self._wholes, self._budget, self._scratch = recipe, wholes, budget, scratch
         self._sources = wholes[0].sources
         self._count = len(self._sources.tuned)
-        self.in_pieces = sees_entries_alone(recipe)
+        self.in_pieces = recipe.entrywise
         self._jobs = [part for one in wholes for part in one.split(_JOB)] if self.in_pieces else list(wholes)
         self._facts: list[Facts] = [{}] + [Unknown() for _ in range(self._count)]
         self._surveys: list[Facts] = []
         self._looks: dict[str, list[Facts]] = {}  # of every parameter, update by update
         self._mixes: dict[str, Mix] = {}
+        self._early: dict[int, _Outcome] = {}  # jobs that were done while their parameter was looked at
 
     def run(self, write: Finish, report: Callable[[str], Report | None] = lambda label: None) -> None:
         """Merge everything. `write` gets every piece with its merged delta, in any order, from any thread, and
         sometimes again. `report` is asked for the progress of each pass."""
         self._surveys = self._survey(report("surveying"))
-        self._look(report("looking"))
+        self._foresee()
+        self._look(write, report("looking"))
         scaling = self._recipe.scaling
         if scaling is None:
             self._pass(write, report("merging"))
@@ -99,8 +96,9 @@ class Passes:
         largest = max(one.elements for one in self._wholes)
         return list(in_order(range(self._count), one, lambda _: 8 * 4.0 * largest, self._budget, report))
 
-    def _look(self, report: Report | None) -> None:
-        """What a tensor that is merged in pieces must be known for as a whole."""
+    def _look(self, finish: Finish, report: Report | None) -> None:
+        """What a tensor that is merged in pieces must be known for as a whole. One whose deltas are held in memory for
+        that is merged at once, before they are gone."""
         merger, weights = self._recipe.merger, self._sources.weights
         if not self.in_pieces:
             return
@@ -109,10 +107,21 @@ class Passes:
             held = self._held(parameter) <= self._budget.memory / 2
             name = parameter.parameter.target.name
             if isinstance(merger, Joint):
-                self._mixes[name] = merger.mix(kept(held, lambda: self._columns(parameter)), weights, held)
+                columns = kept(held, lambda: self._columns(parameter))
+                self._mixes[name] = merger.mix(columns, weights, held)
+                if held:
+                    rows = list(columns())
+                    early(name, lambda piece, index: rows[piece.start // PIECE][index])
                 return
             streams = [kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
             self._looks[name] = [merger.look(stream) for stream in streams]
+            if held and any(self._looks[name]):
+                updates = [list(stream()) for stream in streams]
+                early(name, lambda piece, index: updates[index][piece.start // PIECE])
+
+        def early(name: str, deltas: Deltas) -> None:
+            for number in [number for number, job in enumerate(self._jobs) if job.parameter.target.name == name]:
+                self._early[number] = self._job(number, _Outcome(), finish, again=False, deltas=deltas)
 
         def cost(parameter: Piece) -> float:
             held = self._held(parameter)
@@ -140,10 +149,8 @@ class Passes:
 
     def _refuse_merged(self) -> NoReturn:
         name = self._recipe.merger.name
-        raise InvalidInput(
-            f"merger {name!r} looks at what was merged before, one update after the other",
-            remedy=f"Merge in a line, whose state is kept: a chain with a line of merger {name}",
-        )
+        said = f"merger {name!r} looks at what was merged before, one update after the other"
+        raise InvalidInput(said, remedy=f"Merge in a line, whose state is kept: a chain with a line of merger {name}")
 
     def _delta(self, piece: Piece, index: int) -> Tensor:
         """An update as the merger sees it: thinned."""
@@ -152,9 +159,9 @@ class Passes:
 
     def _pass(self, finish: Finish, report: Report | None, again: bool = False) -> list[_Outcome]:
         """Do all jobs, those that must wait for a fact as often as needed. `again`: another pass will follow."""
-        outcomes = [_Outcome() for _ in self._jobs]
-        self._foresee()
-        waiting = self._order()
+        outcomes = [self._early.get(index) or _Outcome() for index in range(len(self._jobs))]
+        largest_first = sorted(range(len(self._jobs)), key=lambda index: -self._jobs[index].elements)
+        waiting = [index for index in largest_first if not outcomes[index].finished]
         while waiting:
 
             def one(index: int) -> _Outcome:
@@ -182,10 +189,6 @@ class Passes:
             except UnknownError:
                 return
 
-    def _order(self) -> list[int]:
-        """Large jobs first, so that no thread is left with one at the end."""
-        return sorted(range(len(self._jobs)), key=lambda index: -self._jobs[index].elements)
-
     def _cost(self, index: int) -> float:
         job = self._jobs[index]
         return self._space(job.dtype, PIECE if self.in_pieces else job.elements)
@@ -206,20 +209,23 @@ class Passes:
                 sums = added(one.folds[step] for one in outcomes)
                 self._facts[step + 1] = merger.close(self._facts[step], sums, self._surveys[step])
 
-    def _job(self, index: int, before: _Outcome, finish: Finish, again: bool) -> _Outcome:
-        """Try one job. `before` is what came of it in the round before."""
+    def _job(self, index: int, before: _Outcome, finish: Finish, again: bool, deltas: Deltas | None = None) -> _Outcome:
+        """Try one job. `before` is what came of it in the round before; `deltas`: the updates, if they are at hand."""
         job = self._jobs[index]
         if not self.in_pieces:
             return self._whole(replace(job), str(index), before, finish, again)
-        done = [self._fresh(replace(part), finish) for part in job.split(PIECE)]
+        done = [self._fresh(replace(part), finish, deltas or self._delta) for part in job.split(PIECE)]
         steps = min(len(one.folds) for one in done)
         folds: list[Sums] = [added(one.folds[step] for one in done) for step in range(steps)]
         return _Outcome(folds, [], all(one.finished for one in done), added(one.found for one in done))
 
-    def _fresh(self, piece: Piece, finish: Finish) -> _Outcome:
+    def _fresh(self, piece: Piece, finish: Finish, deltas: Deltas) -> _Outcome:
         outcome = _Outcome()
         try:
-            merged = self._mixed(piece) if self._mixes else self._delta_of(self._fold(piece, outcome), piece)
+            if self._mixes:
+                merged = self._mixed(piece, deltas)
+            else:
+                merged = self._delta_of(self._fold(piece, outcome, deltas), piece)
         except UnknownError:
             return outcome
         return replace(outcome, finished=True, found=finish(piece, merged.reshape(-1)))
@@ -237,7 +243,7 @@ class Passes:
                 else:
                     if parts is None:
                         outcome = _Outcome()
-                        parts = self._fold(piece, outcome)
+                        parts = self._fold(piece, outcome, self._delta)
                     merged = {"": self._delta_of(parts, piece)}
             except UnknownError:
                 self._scratch.offer(f"{key}.parts", parts or {}, time.perf_counter() - start)
@@ -250,13 +256,13 @@ class Passes:
         assert isinstance(self._recipe.merger, Sequential)
         return self._recipe.merger.delta(parts, self._facts[-1], piece.parameter.target)
 
-    def _fold(self, piece: Piece, outcome: _Outcome) -> Parts:
+    def _fold(self, piece: Piece, outcome: _Outcome, deltas: Deltas) -> Parts:
         merger, scaling, target = self._recipe.merger, self._recipe.scaling, piece.parameter.target
         assert isinstance(merger, Sequential)
         state, total = None, None
         looks = self._looks.get(target.name)
         for step, survey in enumerate(self._surveys):
-            delta = self._delta(piece, step)
+            delta = deltas(piece, step)
             if looks is not None:
                 survey = {**survey, **looks[step], "start": piece.start}
             state, sums = merger.fold(state, delta, target, self._facts[step], survey)
@@ -269,9 +275,9 @@ class Passes:
         assert state is not None
         return state
 
-    def _mixed(self, piece: Piece) -> Tensor:
-        deltas = [self._delta(piece, index) for index in range(self._count)]
-        return self._mixes[piece.parameter.target.name](deltas, piece.start)
+    def _mixed(self, piece: Piece, deltas: Deltas) -> Tensor:
+        updates = [deltas(piece, index) for index in range(self._count)]
+        return self._mixes[piece.parameter.target.name](updates, piece.start)
 
     def _shares(self, scaling: AnyScaling, deltas: Sequence[Tensor]) -> Iterator[Sums]:
         """What the scaling finds in each of one parameter's updates, and in their sum up to it."""

@@ -29,7 +29,7 @@ from tasks.folders.scratch import Scratch
 from tasks.ingest import Checkpoint, ingest
 from tasks.materialize import materialize
 from tasks.merge import fold_update
-from tasks.mergers import MERGERS, Average, Karcher, Opcm, Target, TaskArithmetic, Ties, TsvM
+from tasks.mergers import MERGERS, Average, Karcher, Opcm, Sce, Target, TaskArithmetic, Ties, TsvM
 from tasks.parallel import Budget
 from tasks.recipe import Recipe
 from tasks.scalings import Lines, MatchNorm
@@ -134,22 +134,23 @@ class TestNumbers:
         doubled = (base[name] + 2 * (tuned[name] - base[name]))[changed]
         torch.testing.assert_close(found[name][changed], doubled, rtol=0, atol=1e-7)
 
-    @pytest.mark.parametrize("merger", [Average(), Ties(), Opcm()], ids=lambda one: one.name)
+    @pytest.mark.parametrize("memory", [1, 1 << 30], ids=["nothing held", "all held"])
+    @pytest.mark.parametrize("merger", [Average(), Ties(), Ties(trim="tensor"), Sce(), Opcm()], ids=str)
     def test_workers_memory_and_the_size_of_pieces_change_nothing(
-        self, merger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, merger: Any, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         inputs = folders(tmp_path)
         merge_folders(inputs[0], inputs[1:], tmp_path / "one", Recipe(merger), budget=Budget(1))
         for module in (folder_pieces, folder_passes):
             monkeypatch.setattr(module, "PIECE", 100)
-        monkeypatch.setattr(folder_passes, "_JOB", 330)
-        merge_folders(inputs[0], inputs[1:], tmp_path / "two", Recipe(merger), budget=Budget(3, 1))
+        monkeypatch.setattr(folder_passes, "_JOB", 300)
+        merge_folders(inputs[0], inputs[1:], tmp_path / "two", Recipe(merger), budget=Budget(3, memory))
         files = [{file.name: sha256_of(file) for file in (tmp_path / one).iterdir()} for one in ("one", "two")]
         assert files[0] == files[1]
 
     @pytest.mark.parametrize("merger", [Average(), TaskArithmetic(), Ties()], ids=lambda one: one.name)
     def test_mergers_that_take_pieces_see_each_entry_alone(self, merger: Any) -> None:
-        assert folder_passes.sees_entries_alone(Recipe(merger))
+        assert Recipe(merger).entrywise
         several = [torch.randn(40, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
         surveys = [{**merger.survey(lambda one=one: [one], None), "weight": 1.0} for one in several]
 
