@@ -115,7 +115,7 @@ class Passes:
                 return
             streams = [kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
             self._looks[name] = [merger.look(stream) for stream in streams]
-            if held and any(self._looks[name]):
+            if held and any(self._looks[name]) and not self._unknown:
                 updates = [list(stream()) for stream in streams]
                 early(name, lambda piece, index: updates[index][piece.start // PIECE])
 

@@ -135,7 +135,7 @@ class TestNumbers:
         torch.testing.assert_close(found[name][changed], doubled, rtol=0, atol=1e-7)
 
     @pytest.mark.parametrize("memory", [1, 1 << 30], ids=["nothing held", "all held"])
-    @pytest.mark.parametrize("merger", [Average(), Ties(), Ties(trim="tensor"), Sce(), Opcm()], ids=str)
+    @pytest.mark.parametrize("merger", [Average(), Ties(), Ties(trim="tensor", tie="positive"), Sce(), Opcm()], ids=str)
     def test_workers_memory_and_the_size_of_pieces_change_nothing(
         self, merger: Any, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
