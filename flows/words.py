@@ -1,4 +1,4 @@
-"""Words that several commands share: times and sizes as people write them, stores by address, what is registered."""
+"""Words that several commands share: times as people write them, stores by address, what is registered."""
 
 from __future__ import annotations
 
@@ -29,15 +29,6 @@ def interval(text: str) -> float:
     if found is None or float(found[1]) == 0:
         raise InvalidInput(f"{text!r} is no time", remedy="Write it like 5s, 500ms or 2m")
     return float(found[1]) * _UNITS[found[2] or "s"]
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def other_store(url: str) -> ArtifactStore:

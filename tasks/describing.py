@@ -11,7 +11,8 @@ from storage.refs import ScoresRef, parse_ref
 from storage.registry_lines import LineVersion
 from tasks.evaluate import Summary, leading
 from tasks.gate import Verdict
-from tasks.lineage.words import WHERE_FROM, size
+from tasks.lineage.words import WHERE_FROM
+from tasks.sizes import size
 
 _MOVED = 0.0005  # less than a digit that is shown
 

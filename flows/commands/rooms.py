@@ -69,7 +69,8 @@ def prune(
     Examples:  deltaworks prune        deltaworks prune --states --grace 1d --yes
     """
     with errors_explained():
-        from flows.words import registered, seconds, size
+        from flows.words import registered, seconds
+        from tasks.sizes import size
 
         least = seconds(grace)
         place = open_workplace()
@@ -151,8 +152,8 @@ def _usage_tables(found: Usage) -> Iterator[str | Table]:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from flows.words import size
     from storage.refs import short
+    from tasks.sizes import size
 
     def table(title: str, first: str, rows: list[tuple[str, Share]]) -> Table:
         made = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
@@ -189,8 +190,8 @@ def _usage_json(found: Usage) -> dict[str, object]:
 
 
 def _print_condemned(found: Condemned, wishes: Wishes) -> None:
-    from flows.words import size
     from storage.refs import short
+    from tasks.sizes import size
 
     kept = f"{len(wishes.registered)} refs that registered models in MLflow name"
     console.print(f"kept: what lines, pins and scores need, and {kept}")

@@ -80,8 +80,8 @@ def line_export(
     with errors_explained():
         store = open_workplace().store
         from flows.board import bar
-        from flows.words import size
         from storage.archive import export_line
+        from tasks.sizes import size
 
         with bar(console, "writing objects", quiet) as report:
             found = export_line(store, name, file, report, states=all_states)
@@ -103,8 +103,8 @@ def line_import(
     with errors_explained():
         store = open_workplace().store
         from flows.board import bar
-        from flows.words import size
         from storage.archive import import_line
+        from tasks.sizes import size
 
         with bar(console, "reading objects", quiet) as report:
             found = import_line(file, store, report, name=name)
@@ -113,7 +113,7 @@ def line_import(
 
 
 def _say(sent: Sent, as_json: bool) -> None:
-    from flows.words import size
+    from tasks.sizes import size
 
     if as_json:
         typer.echo(json.dumps({**sent.__dict__, "left_out": dict(sent.left_out)}, indent=2))

@@ -22,6 +22,7 @@ from tasks.lineage.nodes import Kind, Lineage, Node
 from tasks.lineage.picture import links, svg, templates, web_address
 from tasks.lineage.scored import Row
 from tasks.lineage.trajectory import plane, trajectory
+from tasks.sizes import size
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def stages(lineage: Lineage) -> list[Bar]:
             words.NAMES[kind],
             kind,
             len(lineage.of_kind(kind)),
-            words.size(one["bytes"]),
+            size(one["bytes"]),
             one["bytes"] / most,
             words.duration(one["seconds"]) if one["seconds"] is not None else "",
             ", ".join(one["devices"]),
@@ -236,9 +237,9 @@ def _head(lineage: Lineage) -> Iterator[tuple[str, str]]:
     yield "updates", str(lineage.earlier + len([node for node in lineage.of_kind("state") if not node.aside]))
     small = [node for kind in ("compressed", "update") for node in lineage.of_kind(kind)]
     if small:
-        yield "updates take", words.size(_totals(lineage.of_kind("compressed") or small)["bytes"])
+        yield "updates take", size(_totals(lineage.of_kind("compressed") or small)["bytes"])
     if "bytes" in figures:
-        yield "the model takes", words.size(figures["bytes"])
+        yield "the model takes", size(figures["bytes"])
 
 
 def _detail(number: int, node: Node) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.lineage.nodes import Kind, Node
+from tasks.sizes import size
 
 # of a version's first words, on MLflow's page; the page of its lineage leaves it out
 WHERE_FROM = "Where all of it came from: `lineage.html` among the artifacts of the source run."
@@ -40,15 +41,6 @@ _LABELS = {
     "evaluation seconds": "evaluation took",
     "ratio": "smaller than bfloat16",
 }
-
-
-def size(count: float) -> str:
-    """Bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def duration(seconds: float) -> str:

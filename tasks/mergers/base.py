@@ -182,7 +182,7 @@ def squared_norm(tensor: Tensor) -> float:
     """Sum of squares, accumulated in float64."""
     if tensor.device.type != "cpu":
         return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-    # piece by piece: a whole copy in float64 would leave the cache, and be most of the memory that a merge takes
+    # piece by piece: a whole copy in float64 would leave the cache, and take twice the tensor's memory
     pieces = (piece.double() for piece in torch.split(tensor.reshape(-1), _PIECE))
     return math.fsum(float(torch.dot(piece, piece)) for piece in pieces)
 

@@ -169,7 +169,7 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
     by the same step vary alike whichever it was, and tie.
     """
     first = deltas[0].double()
-    if len(deltas) == 2:  # a^2 / 4, to the bit what the sums below come to, in a third of the time
+    if len(deltas) == 2:  # a^2 / 4, to the bit what the sums below come to, in half the time
         return (deltas[1].double() - first).square_().mul_(0.25)
     total, squares = torch.zeros_like(first), torch.zeros_like(first)
     for delta in deltas[1:]:

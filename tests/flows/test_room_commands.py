@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.words import seconds, size
+from flows.words import seconds
 from storage.artifacts import ArtifactStore
 from storage.checked import Checked
 from storage.directory import DirectoryObjects
@@ -24,6 +24,7 @@ from storage.refs import Ref, short
 from storage.registry import Registry, Stage
 from tasks.mergers import Average
 from tasks.recipe import Recipe
+from tasks.sizes import size
 from tests.builders import checkpoint_of
 from tests.tasks.test_refold import grow
 
