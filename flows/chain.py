@@ -9,9 +9,10 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from configs.chain import ChainConfig, Task
+from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
 from flows.growing import Growing, Grown, Prepared
+from flows.judging import Ground
 from flows.policy import named, run_now
 from storage.refs import CheckpointRef, ScoresRef
 from tasks.launched import ending_with_us
@@ -46,13 +47,13 @@ def chain(config: ChainConfig) -> Outcome:
     with ending_with_us():
         base = run_now(steps.base_step(config.base), f"base {config.base.name}", config.base)
         base_scores = run_now(steps.evaluate, "evaluate base", base, list(config.tasks), base)
-        able = _abilities(config, base)
+        ground = Ground(base, base_scores, _abilities(config, base))
         if config.start == "head":
-            prepared, line = _in_turn(config, base, able, base_scores)
+            prepared, line = _in_turn(config, ground)
             return Outcome(base, base_scores, prepared, [line])
         started = [_submit(config, base, task, name) for task in config.tasks for name in task.updates]
         prepared = [one.result() for one in started]  # all were submitted before the first is awaited
-        lines = [_grow(config, number, base, prepared, able, base_scores) for number in range(len(config.lines))]
+        lines = [_grow(config, line, ground, prepared) for line in config.lines]
         return Outcome(base, base_scores, prepared, lines)
 
 
@@ -75,36 +76,27 @@ def _abilities(config: ChainConfig, base: CheckpointRef) -> ScoresRef | None:
     return scores
 
 
-def _grow(
-    config: ChainConfig,
-    number: int,
-    base: CheckpointRef,
-    prepared: list[Prepared],
-    able: ScoresRef | None,
-    base_scores: ScoresRef,
-) -> Grown:
+def _grow(config: ChainConfig, line: LineConfig, ground: Ground, prepared: list[Prepared]) -> Grown:
     """Fold the updates into a line in order, going on where an earlier run stopped."""
-    growing = Growing(config, config.lines[number], base, able, base_scores)
+    growing = Growing(config, line, ground)
     growing.check([one.wanted for one in prepared])
     for one in prepared:
         growing.add(one)
     return growing.finish()
 
 
-def _in_turn(
-    config: ChainConfig, base: CheckpointRef, able: ScoresRef | None, base_scores: ScoresRef
-) -> tuple[list[Prepared], Grown]:
+def _in_turn(config: ChainConfig, ground: Ground) -> tuple[list[Prepared], Grown]:
     """Each training starts from the line's merged model of the step before it, the first one from the base.
 
     What the line holds already is found done, or is a conflict before anything is trained for it.
     """
-    growing = Growing(config, config.lines[0], base, able, base_scores)
+    growing = Growing(config, config.lines[0], ground)
     prepared: list[Prepared] = []
     for task in config.tasks:
         for number, name in enumerate(task.updates, 1):
             growing.check_next(task, name, config)
             start = growing.model
-            one = _submit(config, base, task, name, number, start).result()
+            one = _submit(config, ground.base, task, name, number, start).result()
             prepared.append(one)
             growing.add(one)
     return prepared, growing.finish()

@@ -10,7 +10,7 @@ from configs.chain import ChainConfig, LineConfig, Task
 from flows import steps
 from flows.continuation import Wanted, check_continuation, check_start
 from flows.folding import fold_all
-from flows.judging import Judging, Tried
+from flows.judging import Ground, Judging, Tried
 from flows.policy import run_now
 from flows.registering import kept
 from flows.retrying import alternatives, commit
@@ -71,20 +71,11 @@ class Grown:
 
 
 class Growing:
-    """A line that a chain opens, or goes on with where an earlier run stopped.
+    """A line that a chain opens, or goes on with where an earlier run stopped."""
 
-    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
-
-    def __init__(
-        self,
-        config: ChainConfig,
-        line: LineConfig,
-        base: CheckpointRef,
-        able: ScoresRef | None,
-        base_scores: ScoresRef,
-    ) -> None:
-        self._experiment, self._line, self._base, self._base_scores = config.name, line, base, base_scores
-        self._judging = Judging(config, line, base, base_scores, able)
+    def __init__(self, config: ChainConfig, line: LineConfig, ground: Ground) -> None:
+        self._experiment, self._line, self._base, self._base_scores = config.name, line, ground.base, ground.scores
+        self._judging = Judging(config, line, ground)
         self._count = sum(len(task.updates) for task in config.tasks)
         self._leaves_out = line.gate is not None and line.gate.on_failure == "leave_out"
         self._head: Entry | None = None

@@ -27,22 +27,22 @@ class Tried:
     verdict: Verdict | None
 
 
+@dataclass(frozen=True)
+class Ground:
+    """The base of a chain and what it reaches: on the chain's tasks, and on its abilities, if the chain names any."""
+
+    base: CheckpointRef
+    scores: ScoresRef
+    able: ScoresRef | None
+
+
 class Judging:
-    """Asks the merges of one line of a chain.
+    """Asks the merges of one line of a chain."""
 
-    `base_scores`: of the base on the chain's tasks; `able`: of the base on its abilities, if the chain names any."""
-
-    def __init__(
-        self,
-        config: ChainConfig,
-        line: LineConfig,
-        base: CheckpointRef,
-        base_scores: ScoresRef,
-        able: ScoresRef | None,
-    ) -> None:
-        self._line, self._base, self._abilities = line, base, list(config.retained)
-        self._able = {} if able is None else {base: able}  # models on the base's abilities
-        self._unmet = leading(here().store.open(base_scores))
+    def __init__(self, config: ChainConfig, line: LineConfig, ground: Ground) -> None:
+        self._line, self._base, self._abilities = line, ground.base, list(config.retained)
+        self._able = {} if ground.able is None else {ground.base: ground.able}  # models on the base's abilities
+        self._unmet = leading(here().store.open(ground.scores))
         self._ahead: dict[str, float] = {}  # task -> what the model reached on it right before it was merged
         self._alone: dict[str, float] = {}
         self._matrix: list[dict[str, float]] = []
