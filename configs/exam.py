@@ -18,6 +18,7 @@ from configs.validation import field_names, validated
 from storage.errors import Damaged, InvalidInput
 from tasks.data.files import Files
 from tasks.gate import Gate
+from tasks.mergers import Joint
 from tasks.retry import OtherRecipe
 from tasks.suites import LmEval
 
@@ -58,14 +59,12 @@ class Exam:
                 "gate.on_failure must be keep or leave_out, found 'stop': a queue goes on with the next submission",
                 remedy="Set leave_out: what fails is put aside with the reason",
             )
-        limited = [
-            one.merger for one in gate.retry if isinstance(one, OtherRecipe) and getattr(one.merger, "limit", None)
-        ]
-        if limited and limited[0]:
-            raise InvalidInput(
-                f"gate.retry: merger {limited[0].name!r} is for a few updates, and a queue has no end",
-                remedy="Leave it out: `deltaworks mergers` lists those for any number",
-            )
+        for one in gate.retry:
+            if isinstance(one, OtherRecipe) and isinstance(one.merger, Joint) and one.merger.limit is not None:
+                raise InvalidInput(
+                    f"gate.retry: merger {one.merger.name!r} is for a few updates, and a queue has no end",
+                    remedy="Leave it out: `deltaworks mergers` lists those for any number",
+                )
         if gate.retained is not None and not self.retained:
             raise InvalidInput(
                 "gate.retained asks how much of the base's abilities is left, but `retained` names none",
