@@ -206,7 +206,8 @@ def _written(codec: Codec, leaves: list[Leaf], facts: Facts) -> _Written:
     first = coded[0]
     if first.digest is not None:
         return _Written(parts, first.codec, "", None, first.digest, None)
-    decoded = [_decoded(one, leaf.delta) for one, leaf in zip(coded, leaves, strict=True)]
+    # parts lie where the codec left them; what they lost is counted on the CPU, as readers decode
+    decoded = [_decoded(one, leaf.delta).cpu() for one, leaf in zip(coded, leaves, strict=True)]
     return _Written(parts, first.codec, dtype_name(decoded[0].dtype), first.rank, None, _error(leaves, decoded))
 
 

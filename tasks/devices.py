@@ -6,6 +6,9 @@ import torch
 
 from storage.errors import InvalidInput
 
+# how far a GPU's merged delta, or decoded one, is from the CPU's, relative to a tensor's largest entry
+TOLERANCE = 1e-4
+
 
 def require_device(device: str) -> None:
     """Refuse a GPU that torch does not see."""

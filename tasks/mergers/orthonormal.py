@@ -68,6 +68,12 @@ def whiten(frame_RC: Tensor) -> Tensor:
     Where the frame is rank-deficient, P and Q are taken on its range: zero rows and columns stay zero and change
     nothing else, and of k equal columns each becomes 1 / sqrt(k) of their common direction.
     """
+    rows_R, columns_C = frame_RC.any(1), frame_RC.any(0)
+    if not (rows_R.all() and columns_C.all()):  # decomposing them is the longer way, and on a GPU by far
+        whitened_RC = torch.zeros_like(frame_RC)
+        if rows_R.any():
+            inside_RC = rows_R[:, None] & columns_C
+            whitened_RC[inside_RC] = whiten(frame_RC[rows_R][:, columns_C]).flatten()
+        return whitened_RC
     P_RK, _, Q_KC = leading_triplets(frame_RC, min(frame_RC.shape))
-    whitened_RC: Tensor = P_RK @ Q_KC
-    return whitened_RC
+    return P_RK @ Q_KC
