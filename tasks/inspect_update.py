@@ -28,9 +28,9 @@ from tasks.inspection.measure import (
     values_of_product,
 )
 from tasks.kinds import fine_kind_of
-from tasks.mergers.spectrum import singular_values
 from tasks.moments import power
 from tasks.parallel import Budget, Report, in_order
+from tasks.spectrum import singular_values
 from tasks.tensors import check_finite, decode_factors, ground_of, read_delta, read_onto, read_tensor, wide
 
 TOLERANCES = (1e-8, 1e-5)  # those of arXiv 2505.11711: of its table 6, and of its code and table 1

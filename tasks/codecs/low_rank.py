@@ -14,6 +14,7 @@ from torch import Tensor
 from tasks.choice import require
 from tasks.codecs.base import Codec, Coded, Facts, Leaf, decoder
 from tasks.codecs.dense import Dense, dense_parts
+from tasks.spectrum import by_lapack
 
 _DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -46,7 +47,7 @@ class LowRank(Codec):
         delta = leaf.delta.detach().to(torch.float32)
         if delta.ndim != 2 or not delta.any():
             return self._as_it_is(leaf, delta)
-        U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+        U, s, Vh = by_lapack(delta)
         r = min(self.rank or _enough(s, self.energy), len(s))
         if r * sum(delta.shape) >= delta.numel():
             return self._as_it_is(leaf, delta)

@@ -34,6 +34,7 @@ from tasks.codecs.streams import (
     with_meta,
     write_numbers,
 )
+from tasks.spectrum import by_lapack
 
 SCALES = {"f16": ("<f2", np.uint16), "f32": ("<f4", np.uint32)}
 _MOST = 64  # groups that a matrix may have
@@ -51,7 +52,7 @@ class Triplets(NamedTuple):
 def triplets_of(delta_MN: Tensor) -> Triplets:
     """The singular value decomposition in float32, of the two signs of a pair always the same."""
     size = delta_MN.abs().max()  # so that numbers at the ends of float32's range neither vanish nor overflow
-    left_MK, value_K, right_KN = torch.linalg.svd(delta_MN / size, full_matrices=False)
+    left_MK, value_K, right_KN = by_lapack(delta_MN / size)
     turned_K = torch.where(left_MK.sum(0) < 0, -1.0, 1.0)
     top = float(value_K[0])
     return Triplets(left_MK * turned_K, value_K / top, right_KN * turned_K[:, None], top * float(size))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks.choice import require
-from tasks.mergers.spectrum import thin_svd
+from tasks.spectrum import thin_svd
 
 
 @dataclass(frozen=True)

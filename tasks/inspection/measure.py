@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks.codecs.ulps import MANTISSAS, bits_of, steps
-from tasks.mergers.spectrum import numerical_rank, singular_values
+from tasks.spectrum import numerical_rank, singular_values
 
 _PIECE = 1 << 16  # elements that stay in a core's cache
 

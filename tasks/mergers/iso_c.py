@@ -69,4 +69,4 @@ class IsoC(RunningSum):
 
     def workspace(self) -> float:
         """A decomposition, its input and its workspace."""
-        return 10 if self.accumulate == "float32" else 20
+        return 14 if self.accumulate == "float32" else 26

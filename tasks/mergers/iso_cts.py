@@ -77,6 +77,10 @@ class IsoCts(Joint):
         merged_RC: Tensor = whiten(U_RK) @ whiten(Vh_KC) * (level_of(s_K, self.level) * self.scale)
         return merged_RC
 
+    def workspace(self, updates: int) -> float:
+        """The deltas and their shares of the directions, and a decomposition with its workspace."""
+        return 3 * updates + 16
+
 
 def _shares(directions: int, tasks: int, fraction: float) -> tuple[int, int]:
     """How many directions are common, and how many each task has: together all of them."""

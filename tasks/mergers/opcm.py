@@ -23,7 +23,7 @@ from tasks.choice import require
 from tasks.kinds import is_expert_stack
 from tasks.mergers.base import Facts, Parts, Sequential, Sums, Target, counted, squared_norm
 from tasks.mergers.orthonormal import by_matrix
-from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, thin_svd
+from tasks.spectrum import Thin, leading, numerical_rank, protected, thin_svd
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class Opcm(Sequential):
 
     def delta(self, state: Parts, facts: Facts, target: Target) -> Tensor:
         return state["sum"] * facts["scale"]
+
+    def workspace(self) -> float:
+        """A decomposition in float64, its input and its workspace, and the state before and after."""
+        return 15 if self.accumulate == "float32" else 26
 
     def _projected(self, target: Target, tau: Tensor) -> bool:
         roles = ("linear.weight",) if self.project == "linear" else ("linear.weight", "embedding.weight")

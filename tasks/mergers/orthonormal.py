@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.kinds import is_expert_stack
 from tasks.mergers.base import Target
-from tasks.mergers.spectrum import thin_svd
+from tasks.spectrum import thin_svd
 
 Project = Literal["matrices", "linear"]
 Level = Literal["rms", "mean"]

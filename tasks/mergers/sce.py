@@ -87,8 +87,8 @@ class Sce(Joint):
         return merged
 
     def workspace(self, updates: int) -> float:
-        """The deltas, and at most seven tensors in float64."""
-        return updates + 16
+        """The deltas, and at most nine tensors in float64."""
+        return updates + 18
 
     def _merged(self, deltas: Sequence[Tensor], shares: Sequence[float], mask: Tensor | None) -> Tensor:
         """The weighted mean, entry by entry, of the selected ones that have the elected sign."""

@@ -90,7 +90,7 @@ class TsvM(Sequential):
 
     def workspace(self) -> float:
         """A decomposition, its input and its workspace, and the state before and after."""
-        return 14 if self.accumulate == "float32" else 28
+        return 16 if self.accumulate == "float32" else 30
 
 
 def _with_newcomer(state: Parts | None, tau_RC: Tensor, tasks: int, share: int) -> Parts:

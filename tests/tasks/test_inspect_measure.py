@@ -23,7 +23,7 @@ from tasks.inspection.measure import (
     values_of_product,
 )
 from tasks.kinds import fine_kind_of
-from tasks.mergers.spectrum import singular_values
+from tasks.spectrum import singular_values
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

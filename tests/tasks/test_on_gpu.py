@@ -25,12 +25,12 @@ from tasks.inspect_update import inspect_update
 from tasks.materialize import materialize
 from tasks.merge import fold_update
 from tasks.mergers import MERGERS, AnyMerger, Joint, Opcm, Sce, Slerp
-from tasks.mergers.spectrum import Thin, leading, thin_svd
 from tasks.optimizers import OPTIMIZERS
 from tasks.parallel import Budget
 from tasks.recipe import Recipe
 from tasks.scalings import SCALINGS
 from tasks.sparsifiers import SPARSIFIERS
+from tasks.spectrum import Thin, leading, thin_svd
 from tasks.suites import ImageClassification
 from tasks.suites.heads import Orthonormal
 from tasks.tensors import read_delta, read_tensor
@@ -56,6 +56,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "scalar": (),
 }
 FULL, COUNT = 40, 3
+TRUNCATING = {"low_rank", "skillpack", "auto"}
 
 
 def drawn(seed: int, size: float) -> dict[str, Tensor]:
@@ -163,7 +164,6 @@ def test_a_merge(name: str, store: ArtifactStore, base: CheckpointRef, updates: 
     here = merged(recipe, base, some, store, "cpu")[1]
     there = merged(recipe, base, some, store, "cuda")[1]
     found = worst(deltas(here, base, store), deltas(there, base, store))
-    print(f"{name}: {found:.1e}")
     assert found < TOLERANCE
 
 
@@ -182,7 +182,7 @@ def test_a_merge_gives_the_same_bytes_again(
 @pytest.mark.parametrize("name", RECIPES)
 def test_memory_of_the_device_stays_within_the_budget(name: str) -> None:
     """What tensors take; CUDA and its libraries have some for themselves, such as cuBLAS 32 MiB for every thread."""
-    recipe, store = RECIPES[name], memory_store()
+    recipe, store, size = RECIPES[name], memory_store(), 4 * 1024 * 768
     generator = torch.Generator().manual_seed(0)
     some = {f"layer.{n}.fc.weight": torch.randn(1024, 768, generator=generator) for n in range(8)}
     base = checkpoint_of(some, store)
@@ -191,12 +191,11 @@ def test_memory_of_the_device_stays_within_the_budget(name: str) -> None:
         merged(recipe, base, updates, store, "cuda", workers=workers)  # the libraries take what they need
         before = torch.cuda.memory_allocated()
         joint = recipe.merger.workspace(2) if isinstance(recipe.merger, Joint) else 0
-        allowed = 4 * 1024 * 768 * max(recipe.workspace(joint=joint), recipe.workspace(joint=4)) * min(workers, 3)
+        allowed = size * max(recipe.workspace(joint=joint), recipe.workspace(joint=4)) * min(workers, 3)
         torch.cuda.reset_peak_memory_stats()
         merged(recipe, base, updates, store, "cuda", workers=workers, memory=allowed)
         peak = torch.cuda.max_memory_allocated() - before
-        print(f"{name}: {peak / 4 / 1024 / 768:.1f} tensors, of {allowed / 4 / 1024 / 768:.1f} by {workers}")
-        assert peak <= allowed
+        assert peak <= allowed, f"{peak / size:.1f} tensors instead of {allowed / size:.1f}"
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -204,9 +203,11 @@ def test_a_codec(name: str, store: ArtifactStore, base: CheckpointRef) -> None:
     tuned = checkpoint_of({key: one + drawn(7, 1e-2)[key] for key, one in drawn(99, 1.0).items()}, store)
     update = extract_update(base, tuned, Extract(), store)
     here, there = (store.open(compress_update(update, CODECS[name](), store, device)) for device in ("cpu", "cuda"))
-    found = worst(*({key: read_delta(one, key) for key in one.names} for one in (here, there)))
-    print(f"{name}: {found:.1e}, {'same' if here.ref == there.ref else 'other'} bytes")
-    assert found < TOLERANCE
+    if name in TRUNCATING:  # where a spectrum is cut rounding turns directions, and what is lost stays the same
+        for one, two in zip(here.manifest.tensors, there.manifest.tensors, strict=True):
+            assert two.error == pytest.approx(one.error, rel=0.02)
+    else:
+        assert worst(*({key: read_delta(one, key) for key in one.names} for one in (here, there))) < TOLERANCE
 
 
 def test_an_inspection(store: ArtifactStore, updates: list[UpdateRef]) -> None:
@@ -254,14 +255,12 @@ def accuracy(model: CheckpointRef, store: ArtifactStore, device: str = "cpu") ->
 def test_a_training(name: str, store: ArtifactStore, digits: CheckpointRef) -> None:
     """Learns as on the CPU, and the same twice; the numbers are others, as the order of every sum is."""
     tuner = TRAININGS[name]
-    before = accuracy(digits, store)
     torch.cuda.reset_peak_memory_stats()
     twice = [fine_tune(digits, "rot90", SUITE, one, store, "cuda") for one in (tuner, tuner)]
     assert torch.cuda.max_memory_allocated() > 2**20  # it was there
     after = accuracy(twice[0], store)
     beside = tuner if tuner.precision == "float32" else replace(tuner, precision="float32")
     there = accuracy(fine_tune(digits, "rot90", SUITE, beside, store), store)
-    print(f"{name}: {before:.3f}, {after:.3f} on the GPU, {there:.3f} on the CPU, same {twice[0] == twice[1]}")
     assert abs(after - there) < 0.08
     assert twice[0] == twice[1]
 

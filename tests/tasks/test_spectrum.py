@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tasks.mergers.spectrum import Thin, leading, numerical_rank, protected, singular_values, thin_svd
+from tasks.spectrum import Thin, leading, numerical_rank, protected, singular_values, thin_svd
 
 SHAPES = [(64, 64), (70, 64), (90, 64), (256, 64), (64, 256), (61, 37), (3, 2), (9, 1), (1, 9), (1, 1)]
 EMPTY = [(0, 4), (4, 0), (0, 0)]

@@ -1,4 +1,4 @@
-"""Singular value decompositions for mergers: thin ones only, by the cheapest way that is exact enough.
+"""Singular value decompositions: thin ones only, by the cheapest way that is exact enough.
 
 A tall matrix A [M, N] has the right singular vectors of its Gram matrix A'A [N, N], whose symmetric eigenproblem costs
 a fraction of the decomposition of A. The price: rounding e of the Gram matrix is an error e * (s_0 / s_i)^2 of the i-th
@@ -53,13 +53,13 @@ def thin_svd(matrix_RC: Tensor) -> Thin:
     if rows < columns:
         return _turned(thin_svd(matrix_RC.T))
     if matrix_RC.dtype != torch.float32 or columns <= _FEW:
-        return _by_lapack(matrix_RC)
+        return by_lapack(matrix_RC)
     if matrix_RC.device.type != "cpu":
         return Thin(*(one.float() for one in _in_double(matrix_RC.double())))
     found = _clear_and_rest(matrix_RC, thin_svd)
     if found is None and rows > _ELONGATED * columns:
         found = _through_gram(matrix_RC)
-    return found or _by_lapack(matrix_RC)
+    return found or by_lapack(matrix_RC)
 
 
 def leading(matrix_RC: Tensor, alpha: float, *, reach: bool = False) -> Thin:
@@ -80,6 +80,24 @@ def leading(matrix_RC: Tensor, alpha: float, *, reach: bool = False) -> Thin:
     U, s, Vh = thin_svd(matrix_RC)
     r = protected(s, alpha, reach=reach)
     return Thin(U[:, :r], s[:r], Vh[:r])
+
+
+def by_lapack(matrix_RC: Tensor) -> Thin:
+    """All triplets, by gesdd, and on a GPU by gesvd.
+
+    gesdd does not always converge where many values are equal, as those of frames are: then in float64, and then the
+    matrix turned.
+    """
+    driver = None if matrix_RC.device.type == "cpu" else "gesvd"
+    wide_RC = matrix_RC.double()
+    for matrix in (matrix_RC, wide_RC):
+        try:
+            found = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        return Thin(*(one.to(matrix_RC.dtype) for one in found))
+    found = torch.linalg.svd(wide_RC.T.contiguous(), full_matrices=False, driver=driver)
+    return _turned(Thin(*(one.to(matrix_RC.dtype) for one in found)))
 
 
 def singular_values(matrix_RC: Tensor) -> Tensor:
@@ -117,21 +135,6 @@ def numerical_rank(s_K: Tensor, rows: int, columns: int) -> int:
     return int((s_K > s_K[:1] * max(rows, columns) * torch.finfo(s_K.dtype).eps).sum())
 
 
-def _by_lapack(tall_MN: Tensor) -> Thin:
-    """gesdd, and gesvd on a GPU. gesdd does not always converge where many values are equal, as those of frames are:
-    then in float64, and then the matrix turned."""
-    driver = None if tall_MN.device.type == "cpu" else "gesvd"
-    wide = tall_MN.double()
-    for matrix in (tall_MN, wide):
-        try:
-            found = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue
-        return Thin(*(one.to(tall_MN.dtype) for one in found))
-    found = torch.linalg.svd(wide.T.contiguous(), full_matrices=False, driver=driver)
-    return _turned(Thin(*(one.to(tall_MN.dtype) for one in found)))
-
-
 def _shares(s_K: Tensor) -> Tensor:
     """The share of the first, the first two ... values in the sum, in float64; all above any alpha for zeros."""
     total_K = s_K.double().cumsum(0)
@@ -144,7 +147,7 @@ def _turned(found: Thin) -> Thin:
 
 def _in_double(tall_MN: Tensor) -> Thin:
     """All triplets of a float64 matrix, as exact as float32 can hold them."""
-    return _clear_and_rest(tall_MN, _in_double) or _by_lapack(tall_MN)
+    return _clear_and_rest(tall_MN, _in_double) or by_lapack(tall_MN)
 
 
 def _clear_and_rest(tall_MN: Tensor, deeper: Callable[[Tensor], Thin]) -> Thin | None:
