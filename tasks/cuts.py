@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
@@ -65,6 +66,16 @@ def keep(delta: Tensor, bound: float, until: float = math.inf, start: int = 0) -
         return _from(delta, bound)
     head, tail = flat[: int(edge)], flat[int(edge) :]
     return torch.cat([_from(head, bound), hardshrink(tail, bound)]).reshape(delta.shape)
+
+
+def places(values: Tensor, bound: float, until: float = math.inf, start: int = 0) -> Tensor:
+    """Where in `values`, flat and none of them negative, those lie that a cut keeps and that are not zero, in order."""
+    if values.device.type != "cpu" or bound in (0, math.inf):
+        return keep(values, bound, until, start).nonzero().flatten()
+    array, edge = values.numpy(), int(min(max(until - start, 0), values.numel()))
+    # numpy's comparisons and its search for what is true are vectorised, those of torch are not
+    head, tail = np.flatnonzero(array[:edge] >= bound), np.flatnonzero(array[edge:] > bound)
+    return torch.from_numpy(head if edge == len(array) else np.concatenate([head, tail + edge]))
 
 
 def _from(flat: Tensor, bound: float) -> Tensor:

@@ -112,6 +112,7 @@ class Passes:
                 if held:
                     rows = list(columns())
                     early(name, lambda piece, index: rows[piece.start // PIECE][index])
+                    del self._mixes[name]  # nobody asks again, and it may know something of every entry
                 return
             streams = [kept(held, partial(self._entries, parameter, index)) for index in range(self._count)]
             self._looks[name] = [merger.look(stream) for stream in streams]
@@ -222,7 +223,7 @@ class Passes:
     def _fresh(self, piece: Piece, finish: Finish, deltas: Deltas) -> _Outcome:
         outcome = _Outcome()
         try:
-            if self._mixes:
+            if isinstance(self._recipe.merger, Joint):
                 merged = self._mixed(piece, deltas)
             else:
                 merged = self._delta_of(self._fold(piece, outcome, deltas), piece)
