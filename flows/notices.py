@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
@@ -23,7 +24,6 @@ from storage.refs import short
 
 if TYPE_CHECKING:
     from flows.examining import Examined
-    from flows.pending import Folded
     from storage.lines import Entry
     from storage.registry import ModelVersion
 
@@ -31,6 +31,16 @@ CREATED = "deltaworks.checkpoint.created"
 QUARANTINED = "deltaworks.checkpoint.quarantined"
 CHAMPION = "deltaworks.champion.moved"
 REFUSED = "deltaworks.merge.refused"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a run came to: the line's new entries, what was put aside, and how many versions were registered."""
+
+    line: str
+    merged: tuple[Entry, ...] = ()
+    quarantined: tuple[Submission, ...] = ()
+    versions: tuple[int, ...] = ()
 
 
 def created(line: str, one: Submission) -> None:

@@ -12,7 +12,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 from prefect import get_run_logger
@@ -20,6 +19,7 @@ from prefect.runtime import flow_run
 
 from flows import notices, steps
 from flows.examining import Examined, Examiner, examiner_of, register_examined
+from flows.notices import Folded
 from flows.policy import run_now
 from flows.registering import kept, patiently
 from flows.retrying import alternatives, commit
@@ -37,16 +37,6 @@ from tasks.register import step_key
 
 TRIES = 5  # deaths of runs over the same submission, after which it is put aside: it may be what kills them
 GATE = "Gate"  # the kind of what the line's gate put aside
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What a run came to: the line's new entries, what was put aside, and how many versions were registered."""
-
-    line: str
-    merged: tuple[Entry, ...] = ()
-    quarantined: tuple[Submission, ...] = ()
-    versions: tuple[int, ...] = ()
 
 
 def take_in(reference: str, line: str, base: str = "", content: str = "", task: str = "", weight: float = 1.0) -> None:

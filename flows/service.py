@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prefect import flow, get_run_logger
 
 if TYPE_CHECKING:
-    from flows.pending import Folded
+    from flows.notices import Folded
 
 
 @flow(name="merge-pending", flow_run_name="{line}")

@@ -291,7 +291,8 @@ def test_a_gpu_trains_about_the_same_and_goes_on(case: str) -> None:
         fine_tune(base(), "rot90", SUITE, tuner, STORE, "cuda", stop_at(5))
     after = STORE.open(fine_tune(base(), "rot90", SUITE, tuner, STORE, "cuda"))
     losses = [[point["loss"] for point in json.loads(one.asset(HISTORY))] for one in (STORE.open(tuned(case)), after)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # but dropout: other generators, other sums
+    # sums in another order; where neurons drop out, which ones is up to another generator
+    assert losses[1] == pytest.approx(losses[0], rel=0.2 if getattr(tuner, "dropout", 0) else 0.05)
 
 
 @pytest.mark.parametrize("name", TUNERS)

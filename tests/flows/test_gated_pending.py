@@ -21,8 +21,7 @@ from configs.chain import Ability
 from configs.exam import Exam
 from flows import pending
 from flows.examining import examiner_of
-from flows.notices import CHAMPION, REFUSED
-from flows.pending import Folded
+from flows.notices import CHAMPION, REFUSED, Folded
 from flows.service import merge_pending
 from flows.workplace import here
 from storage.errors import Unanswered

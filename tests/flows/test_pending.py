@@ -16,8 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import examining, pending
-from flows.notices import QUARANTINED, announce_waiting
-from flows.pending import Folded
+from flows.notices import QUARANTINED, Folded, announce_waiting
 from flows.service import merge_pending
 from flows.workplace import here
 from storage.errors import Missing, Unavailable

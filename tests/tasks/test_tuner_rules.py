@@ -186,7 +186,7 @@ def test_randlora_mixes_the_same_products_for_all_tasks(tmp_path: Path) -> None:
         changes[key] = tiny.kept(PATH) - tiny.weight(PATH)
     assert torch.equal(changes["first"], changes["other seed"])
     assert not torch.equal(changes["first"], changes["other products"])
-    assert torch.linalg.matrix_rank(changes["first"], rtol=1e-4) == 32  # the smaller side
+    assert torch.linalg.matrix_rank(changes["first"], rtol=1e-6) == 32  # the smaller side
 
 
 STORE = ArtifactStore(MemoryObjects())
