@@ -1,6 +1,8 @@
-"""Devices: whether there is what a training asks for. Asked before anything is loaded."""
+"""Devices: whether there is what a training asks for, asked before anything is loaded; and what a GPU needs first."""
 
 from __future__ import annotations
+
+import threading
 
 import torch
 
@@ -8,6 +10,23 @@ from storage.errors import InvalidInput
 
 # how far a GPU's merged delta, or decoded one, is from the CPU's, relative to a tensor's largest entry
 TOLERANCE = 1e-4
+
+_FIRST = threading.Lock()
+_with_linalg: set[torch.device] = set()
+
+
+def load_linalg(device: torch.device) -> None:
+    """Have torch load its linear algebra for this device, before many threads ask for some of it.
+
+    It loads it at the first call, and fails if two threads are the first at once: "lazy wrapper should be called at
+    most once" (PyTorch issue 90613).
+    """
+    if device.type == "cpu" or device in _with_linalg:
+        return
+    with _FIRST:
+        if device not in _with_linalg:
+            torch.linalg.eigh(torch.eye(2, device=device))
+            _with_linalg.add(device)
 
 
 def require_device(device: str) -> None:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tasks.devices import load_linalg
+
 _FEW = 32  # columns up to which everything is quick
 _CLEAR = {torch.float32: 6.0, torch.float64: 1e4}  # s_0 / s_i up to which a Gram matrix of this dtype is exact enough
 _REST = {torch.float32: 1e5, torch.float64: 1e11}  # the same up to which two halves' left vectors can be told apart
@@ -88,6 +90,7 @@ def by_lapack(matrix_RC: Tensor) -> Thin:
     gesdd does not always converge where many values are equal, as those of frames are: then in float64, and then the
     matrix turned.
     """
+    load_linalg(matrix_RC.device)
     driver = None if matrix_RC.device.type == "cpu" else "gesvd"
     wide_RC = matrix_RC.double()
     for matrix in (matrix_RC, wide_RC):
@@ -208,6 +211,7 @@ def _gram(tall_MN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
 
     Below the diagonal and on it: eigh and cholesky read no more.
     """
+    load_linalg(tall_MN.device)
     tall_MN = tall_MN.to(dtype)
     columns = tall_MN.shape[1]
     width = -(-columns // _BLOCKS)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from storage.errors import InvalidInput
 from tasks.codecs.quantise import Floats, Grid, dequantised, grid_of, quantised
+from tasks.devices import load_linalg
 
 DAMP = 0.01  # of the mean of H's diagonal, added to it; ten times that until the factor exists
 _BLOCK = 128  # columns whose errors are carried on together where a row is one group
@@ -70,6 +71,7 @@ def curvature(moments_CC: Tensor) -> Curvature:
     diagonal_C[idle_C] = mean
     H_CC = H_CC[order_C][:, order_C]
     damp = DAMP
+    load_linalg(H_CC.device)
     while True:
         damped_CC = H_CC.clone()
         damped_CC.diagonal().add_(damp * mean)

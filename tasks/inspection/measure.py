@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks.codecs.ulps import MANTISSAS, bits_of, steps
+from tasks.devices import load_linalg
 from tasks.spectrum import numerical_rank, singular_values
 
 _PIECE = 1 << 16  # elements that stay in a core's cache
@@ -136,6 +137,7 @@ def ranks_of(values_K: Tensor, rows: int, columns: int) -> Ranks | None:
 
 def values_of_product(left: Tensor, right: Tensor) -> Tensor:
     """The singular values of B A, of its factors' inner size: what is beyond it are zeros. The product is not made."""
+    load_linalg(left.device)
     inner_B, inner_A = (torch.linalg.qr(one.double()).R for one in (left, right.mT))
     return singular_values(inner_B @ inner_A.mT)
 

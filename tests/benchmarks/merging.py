@@ -6,6 +6,7 @@ python -m tests.benchmarks.merging opcm growth     only these; the results of th
 Peers are run where the environment names them, and their rows say so where it does not:
   FUSION_BENCH   a Python that has fusion-bench 0.2.33 (transformers 4.57, datasets 4.4)
   MERGEKIT       the mergekit-yaml command of mergekit 0.1.4 or newer
+The part `gpu` is measured where torch sees one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tests.benchmarks import growth, mergekit, opcm_step, quality
+from tests.benchmarks import growth, mergekit, on_gpu, opcm_step, quality
 from tests.benchmarks.rows import Row, chosen, run_parts
 from tests.benchmarks.usage import Usage
 
@@ -48,12 +50,17 @@ def digits(console: Console) -> list[Row]:
     return []
 
 
-PARTS = {"opcm": opcm, "mergekit": folders, "growth": cost, "quality": digits}
+def gpu(console: Console) -> list[Row]:
+    return list(on_gpu.rows())
+
+
+PARTS = {"opcm": opcm, "mergekit": folders, "growth": cost, "quality": digits, "gpu": gpu}
 
 
 def main() -> None:
     console = Console()
-    _write_page(run_parts(PARTS, chosen(PARTS), RESULTS / "rows.json", console))
+    wanted = [part for part in chosen(PARTS) if part != "gpu" or torch.cuda.is_available()]
+    _write_page(run_parts(PARTS, wanted, RESULTS / "rows.json", console))
     console.print((RESULTS / "README.md").read_text(), markup=False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -145,6 +147,17 @@ def test_a_decomposition(shape: tuple[int, int], condition: float) -> None:
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-13)):
             found = thin_svd(matrix.to("cuda", dtype))
             check(Thin(*(one.cpu() for one in found)), matrix.to(dtype), tolerance)
+
+
+def test_many_threads_may_be_the_first_to_decompose() -> None:
+    """In a process of its own, as torch loads its linear algebra once."""
+    script = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor; from tasks.spectrum import thin_svd\n"
+        "some = [torch.randn(64, 64).cuda() for _ in range(16)]\n"
+        "print(sum(len(one.s) for one in ThreadPoolExecutor(16).map(thin_svd, some)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1024"]
 
 
 @pytest.mark.parametrize("condition", [1.0, 30.0, 1e3, 1e5])
