@@ -8,9 +8,6 @@ import torch
 
 from storage.errors import InvalidInput
 
-# how far a GPU's merged delta, or decoded one, is from the CPU's, relative to a tensor's largest entry
-TOLERANCE = 1e-4
-
 _FIRST = threading.Lock()
 _with_linalg: set[torch.device] = set()
 

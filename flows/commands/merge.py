@@ -137,7 +137,7 @@ def _keep_freed_memory() -> None:
         tune = ctypes.CDLL(None).mallopt
         tune(_TRIM_THRESHOLD, 256 << 20)
         tune(_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
-        tune(_ARENA_MAX, 1)  # few pools: what one thread gave back, another takes, and they seldom wait for each other
+        tune(_ARENA_MAX, 1)  # one pool for all threads: what one gave back, the other takes
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from tasks.checkpoints import load_model
 from tasks.codecs import CODECS
 from tasks.compress import compress_update
 from tasks.data import Digits
-from tasks.devices import TOLERANCE
 from tasks.digits_base import DigitsBase, train_digits_base
 from tasks.extract import Extract, extract_update
 from tasks.fine_tune import fine_tune
@@ -57,6 +56,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "row.weight": (1, 64),
     "scalar": (),
 }
+TOLERANCE = 1e-4  # of merged and of decoded deltas, relative to a tensor's largest entry
 FULL, COUNT = 40, 3
 TRUNCATING = {"low_rank", "skillpack", "auto"}
 

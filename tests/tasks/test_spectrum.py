@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tasks.spectrum import Thin, leading, numerical_rank, protected, singular_values, thin_svd
+from tasks.mergers.orthonormal import whiten
+from tasks.spectrum import Thin, by_lapack, leading, numerical_rank, protected, singular_values, thin_svd
 
 SHAPES = [(64, 64), (70, 64), (90, 64), (256, 64), (64, 256), (61, 37), (3, 2), (9, 1), (1, 9), (1, 1)]
 EMPTY = [(0, 4), (4, 0), (0, 0)]
@@ -92,6 +93,33 @@ def test_thin_svd_of_anything(
     rank = min(rank, rows, columns)
     matrix = built(rows, columns, graded(rank, 10**exponent), seed).to(dtype)
     check(thin_svd(matrix), matrix, 2e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_a_solver_that_gives_up_is_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gesdd does on some frames: then in float64, then turned."""
+    solve, asked = torch.linalg.svd, []
+
+    def fails_twice(matrix: Tensor, **settings: object) -> object:
+        asked.append((matrix.dtype, tuple(matrix.shape)))
+        if len(asked) < 3:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solve(matrix, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_twice)
+    matrix = built(70, 64, graded(64, 1e6)).float()
+    check(by_lapack(matrix), matrix, 2e-5)
+    assert asked == [(torch.float32, (70, 64)), (torch.float64, (70, 64)), (torch.float64, (64, 70))]
+
+
+def test_frames_with_zeros_are_whitened_on_the_rest() -> None:
+    frame = built(60, 20, graded(20, 10.0)).float()
+    padded = torch.zeros(64, 50)
+    padded[2:62, 5:25] = frame
+    found = whiten(padded)
+    torch.testing.assert_close(found[2:62, 5:25], whiten(frame))
+    torch.testing.assert_close(found[2:62, 5:25].T @ found[2:62, 5:25], torch.eye(20), rtol=0, atol=1e-5)
+    assert found.count_nonzero() == found[2:62, 5:25].count_nonzero()
+    assert not whiten(torch.zeros(8, 5)).any()
 
 
 def solvers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
